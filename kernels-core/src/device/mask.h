@@ -1,0 +1,19 @@
+// Which keys a query attends.
+#pragma once
+
+#include <cstdint>
+
+#include "device/macros.h"
+
+namespace flash_mla {
+
+// Keys [0, n) are visible to query i of `num_queries`, aligned to the end of `num_keys`:
+// a causal query i attends keys j <= num_keys - num_queries + i.
+FLASH_MLA_HD constexpr int64_t visible_keys(int64_t num_keys, int64_t num_queries, int64_t i,
+                                            bool causal) {
+  if (!causal) return num_keys;
+  const int64_t limit = num_keys - num_queries + i + 1;
+  return limit < 0 ? 0 : limit;
+}
+
+}  // namespace flash_mla

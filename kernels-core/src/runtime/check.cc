@@ -1,0 +1,147 @@
+#include "runtime/check.h"
+
+#include <algorithm>
+
+#include "runtime/status.h"
+
+namespace flash_mla {
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+    case DType::kFloat8E4M3: return "float8_e4m3fn";
+    case DType::kUInt8: return "uint8";
+    case DType::kInt8: return "int8";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+    case DType::kUnknown: break;
+  }
+  return "an unsupported dtype";
+}
+
+int64_t dtype_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kInt64: return 8;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    default: return 1;
+  }
+}
+
+namespace {
+
+std::string int_list(const int64_t* values, int32_t count) {
+  std::string text = "[";
+  for (int32_t i = 0; i < count; ++i) {
+    text += (i ? ", " : "") + std::to_string(values[i]);
+  }
+  return text + "]";
+}
+
+std::string device_string(Device device) {
+  return device.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+int64_t num_elements(const TensorView& tensor) {
+  int64_t n = 1;
+  for (int32_t i = 0; i < tensor.rank; ++i) n *= tensor.shape[i];
+  return n;
+}
+
+}  // namespace
+
+std::string shape_string(const TensorView& tensor) { return int_list(tensor.shape, tensor.rank); }
+
+Check& Check::require(bool condition, const char* argument, const std::string& rule,
+                      const std::string& value, const char* remedy) {
+  if (ok() && !condition) {
+    status_ = make_status(StatusCode::kInvalidArgument, "%s: %s must %s, got %s; %s",
+                          operator_name_, argument, rule.c_str(), value.c_str(), remedy);
+  }
+  return *this;
+}
+
+Check& Check::vector(const TensorView& tensor, const char* argument, const char* dims,
+                     std::initializer_list<DType> dtypes) {
+  if (!ok()) return *this;
+  const int32_t rank = 1 + static_cast<int32_t>(std::count(dims, dims + std::string(dims).size(), ','));
+  require(tensor.defined(), argument, std::string("be a tensor ") + dims, "none",
+          "it is not optional");
+  if (!ok()) return *this;
+  require(tensor.rank == rank, argument, std::string("have shape ") + dims, shape_string(tensor),
+          "reshape it");
+  std::string names;
+  for (DType dtype : dtypes) names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), argument,
+          "have dtype " + names, dtype_name(tensor.dtype), "convert it");
+  return *this;
+}
+
+Check& Check::tensor(const TensorView& tensor, const char* argument, const char* dims, int rank,
+                     std::initializer_list<DType> dtypes) {
+  vector(tensor, argument, dims, dtypes);
+  if (!ok()) return *this;
+  const int32_t last = rank - 1;
+  return require(tensor.stride[last] == 1 || tensor.shape[last] <= 1, argument,
+                 "have a contiguous last dimension",
+                 "stride " + std::to_string(tensor.stride[last]),
+                 "all other strides are free; make the last one 1");
+}
+
+Check& Check::size(const TensorView& tensor, const char* argument, int dim, int64_t expected,
+                   const char* meaning) {
+  if (!ok()) return *this;
+  return require(tensor.shape[dim] == expected, argument,
+                 "have " + std::to_string(expected) + " (" + meaning + ") in dimension " +
+                     std::to_string(dim),
+                 "shape " + shape_string(tensor), "pass tensors that belong to one call");
+}
+
+Check& Check::same_device(const TensorView& tensor, const char* argument, Device device,
+                          const char* as_argument) {
+  if (!ok() || !tensor.defined()) return *this;
+  const bool same = tensor.device.type == device.type &&
+                    (device.type == DeviceType::kCpu || tensor.device.index == device.index);
+  return require(same, argument,
+                 "be on the device of " + std::string(as_argument) + ", " + device_string(device),
+                 device_string(tensor.device), "move it there");
+}
+
+Check& Check::aligned_rows(const TensorView& tensor, const char* argument) {
+  if (!ok()) return *this;
+  const int64_t bytes = dtype_bytes(tensor.dtype);
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+  for (int32_t i = 0; i + 1 < tensor.rank; ++i) {
+    aligned &= tensor.shape[i] <= 1 || tensor.stride[i] * bytes % 16 == 0;
+  }
+  return require(aligned, argument, "have 16-byte aligned rows",
+                 "strides " + int_list(tensor.stride, tensor.rank) + " of " +
+                     std::to_string(bytes) + "-byte elements",
+                 "allocate it aligned, or slice it on multiples of 16 bytes");
+}
+
+Check& Check::no_overlap(const TensorView& tensor, const char* argument) {
+  if (!ok() || num_elements(tensor) == 0) return *this;
+  // A dimension must step past everything that the dimensions of smaller stride reach.
+  bool distinct = true;
+  for (int32_t i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] <= 1) continue;
+    int64_t reach = 0;
+    for (int32_t j = 0; j < tensor.rank; ++j) {
+      const bool smaller = tensor.stride[j] < tensor.stride[i] ||
+                           (tensor.stride[j] == tensor.stride[i] && j > i);
+      if (j != i && smaller) reach += tensor.stride[j] * (tensor.shape[j] - 1);
+    }
+    distinct &= tensor.stride[i] > reach;
+  }
+  return require(distinct, argument, "have elements that do not overlap",
+                 "strides " + int_list(tensor.stride, tensor.rank) + " for shape " +
+                     shape_string(tensor),
+                 "do not pass an expanded tensor as an output");
+}
+
+}  // namespace flash_mla

@@ -1,0 +1,246 @@
+"""What users, developers and CI run.
+
+    nox -s demo     builds what is missing, serves a small model, compares it with transformers
+    nox -s tests    builds what is missing, passes every test that this machine can run
+    nox -l          lists the rest
+
+They share one environment, .nox/dev-<Python version>, and the folders under build/, so that only
+what changed is built again. Environment variables:
+
+    FLASH_MLA_TORCH               the torch to install where Python has none, as pip takes it
+    FLASH_MLA_CUDA                AUTO, ON or OFF; by default ON when torch sees a GPU, else OFF
+    FLASH_MLA_CUDA_ARCHITECTURES  by default those of the machine's GPUs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import nox
+from packaging.version import Version
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["demo", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).resolve().parent
+TORCH = os.environ.get("FLASH_MLA_TORCH") or "torch==2.13.0"
+OLDEST_TORCH = "2.10"
+PYTHON_API = nox.project.load_toml(ROOT / "python-api/pyproject.toml")
+BUILD_TOOLS = ["scikit-build-core>=1.0", "cmake>=3.25", "ninja>=1.11"]
+TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
+LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
+DEMO_REQUIREMENTS = ROOT / "python-api/examples/requirements.txt"
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Serve a small model from one paged cache and compare it with transformers."""
+    dev = Dev(session)
+    dev.install_flash_mla()
+    dev.run("python", "python-api/examples/serve_deepseek_v3.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run the core's host tests, then pytest; arguments go to pytest."""
+    dev = Dev(session)
+    dev.install_flash_mla()
+    cuda = dev.cuda_settings()
+    preset = "cpu" if cuda["FLASH_MLA_CUDA"] == "OFF" else "dev-sm90"
+    dev.configure(preset, *(f"-D{name}={value}" for name, value in cuda.items()))
+    dev.run("cmake", "--build", f"build/{preset}")
+    dev.run("ctest", "--test-dir", f"build/{preset}", "--output-on-failure")
+    # pytest's summary is what a reader looks for at the end: nox adds no lines after it.
+    logging.getLogger("nox").setLevel(logging.CRITICAL)
+    dev.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Build and install both packages, and say for which Python."""
+    dev = Dev(session)
+    dev.install_flash_mla()
+    session.log(f"flash_mla is installed for {dev.python}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting, types and versions."""
+    dev = Dev(session)  # mypy reads torch's types there
+    session.install(*LINT_TOOLS)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("bash", "ci/clang_format.sh", external=True)
+    session.run("python", "ci/check_versions.py")
+    session.run("mypy", f"--python-executable={dev.python}")
+
+
+@nox.session(name="format")
+def format_sources(session: nox.Session) -> None:
+    """Rewrite the sources as lint wants them."""
+    session.install(*LINT_TOOLS)
+    session.run("ruff", "check", "--fix-only")
+    session.run("ruff", "format")
+    session.run("bash", "ci/clang_format.sh", "--fix", external=True)
+
+
+@nox.session(venv_backend="none")
+def headers(session: nox.Session) -> None:
+    """Compile each header of the core alone."""
+    dev = Dev(session)
+    dev.configure("cpu")  # writes headers that others include
+    dev.run("python", "ci/check_headers.py", "-I", "build/cpu/generated")
+
+
+@nox.session(venv_backend="none")
+def cuda_compile(session: nox.Session) -> None:
+    """Compile the CUDA kernels for a few architectures, within a budget of CPU time."""
+    dev = Dev(session)
+    launcher = f"{dev.python};{ROOT}/ci/compile_budget.py;launch"
+    launchers = [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher}" for language in ("CXX", "CUDA")]
+    dev.configure("ci-cuda", *launchers)
+    dev.run("cmake", "--build", "build/ci-cuda")
+    dev.run("python", "ci/compile_budget.py", "check", "build/ci-cuda")
+
+
+class Dev:
+    """The environment that the sessions share: torch, tools, and both packages once installed."""
+
+    def __init__(self, session: nox.Session) -> None:
+        self.session = session
+        version = "{}.{}".format(*sys.version_info)
+        self.folder = ROOT / f".nox/dev-{version}"
+        self.python = self.folder / "bin/python"
+        if not self.python.exists():
+            session.run(sys.executable, "-m", "venv", str(self.folder), external=True)
+
+        path = [str(self.folder / "bin"), os.environ["PATH"]]
+        requirements = [[*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)]]
+        torch = find_torch()
+        if torch:
+            session.log(f"using torch {torch.version} of {torch.interpreter}")
+            # Folders that a .pth file names come after the environment's own packages.
+            pth = self.folder / f"lib/python{version}/site-packages/torch.pth"
+            pth.write_text("\n".join(torch.packages))
+            path.insert(1, str(Path(torch.interpreter).parent))
+        if torch is None or "FLASH_MLA_TORCH" in os.environ:
+            requirements.insert(0, shlex.split(TORCH))  # alone: it may name an index
+
+        self.env = {
+            "PATH": os.pathsep.join(path),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",  # progress is seen when it is made
+        }
+        mark = Mark(self.folder / "requirements.mark", json.dumps(requirements), DEMO_REQUIREMENTS)
+        if mark.outdated:
+            for group in requirements:
+                self.run("python", "-m", "pip", "install", *group)
+            mark.update()
+
+    def run(self, program: str, *args: str) -> None:
+        """Run a program of the environment, in the root of the repository."""
+        self.session.run(self.which(program), *args, env=self.env, external=True)
+
+    def which(self, program: str) -> str:
+        return shutil.which(program, path=self.env["PATH"]) or program
+
+    def configure(self, preset: str, *args: str) -> None:
+        """Configure build/<preset>, also where an earlier environment did, with its own Ninja."""
+        ninja = f"-DCMAKE_MAKE_PROGRAM={self.which('ninja')}"
+        self.run("cmake", "-S", "kernels-core", "--preset", preset, ninja, *args)
+
+    def install_flash_mla(self) -> None:
+        """Build and install libflash-mla and flash-mla, as far as their sources have changed."""
+        settings = self.cuda_settings()
+        core = ("CMakeLists.txt", "VERSION", "cmake", "include", "src")
+        api = ("CMakeLists.txt", "VERSION", "csrc", "pyproject.toml", "src")
+        sources = [ROOT / "packages/libflash-mla", *(ROOT / "kernels-core" / name for name in core)]
+        self.install("packages/libflash-mla", settings, sources)
+        sources += [ROOT / "python-api" / name for name in api]
+        self.install("python-api", {}, sources)
+
+    def install(self, package: str, settings: dict[str, str], sources: list[Path]) -> None:
+        """Build the wheel of a package in a build folder that is kept, and install it."""
+        name = Path(package).name
+        mark = Mark(self.folder / f"{name}.mark", json.dumps(settings), *sources)
+        if mark.outdated:
+            defines = {f"cmake.define.{key}": value for key, value in settings.items()}
+            options = {"build-dir": str(ROOT / "build" / name), **defines}
+            # -v shows the compiler at work. The dependencies are here: no isolation, no index.
+            self.run(
+                *("python", "-m", "pip", "install", "-v", "--force-reinstall", f"./{package}"),
+                *("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir"),
+                *(f"--config-settings={key}={value}" for key, value in options.items()),
+            )
+            mark.update()
+
+    def cuda_settings(self) -> dict[str, str]:
+        """What this machine can run, unless the environment says otherwise."""
+        settings = {"FLASH_MLA_CUDA": "OFF"}
+        if shutil.which("nvidia-smi"):  # importing torch takes seconds: not in vain
+            asks_torch = [self.python, "-c", "import torch; assert torch.cuda.is_available()"]
+            if subprocess.run(asks_torch, capture_output=True).returncode == 0:
+                settings = {"FLASH_MLA_CUDA": "ON", "FLASH_MLA_CUDA_ARCHITECTURES": "native"}
+        for name in ("FLASH_MLA_CUDA", "FLASH_MLA_CUDA_ARCHITECTURES"):
+            if os.environ.get(name):
+                settings[name] = os.environ[name]
+        return settings
+
+
+class Mark:
+    """Remembers, in a file, that something was done for these strings, files and folders."""
+
+    def __init__(self, file: Path, *inputs: str | Path) -> None:
+        digest = hashlib.sha256()
+        for item in inputs:
+            digest.update(str(item).encode() + b"\0")
+            if isinstance(item, Path):
+                for path in [item] if item.is_file() else sorted(item.rglob("*")):
+                    if path.is_file() and "__pycache__" not in path.parts:
+                        digest.update(str(path).encode() + b"\0" + path.read_bytes())
+        self.file, self.fingerprint = file, digest.hexdigest()
+
+    @property
+    def outdated(self) -> bool:
+        return not self.file.exists() or self.file.read_text() != self.fingerprint
+
+    def update(self) -> None:
+        self.file.write_text(self.fingerprint)
+
+
+class Torch(NamedTuple):
+    interpreter: str
+    version: str
+    packages: list[str]  # the folders of its sys.path that packages are installed in
+
+
+def find_torch() -> Torch | None:
+    """The torch of an interpreter of this Python version: nox's, the one that its virtual
+    environment was made from, or a python3 of PATH."""
+    probe = """if True:
+        import importlib.metadata, json, sys
+        packages = [folder for folder in sys.path if folder.endswith("-packages")]
+        torch = [sys.executable, importlib.metadata.version("torch"), packages]
+        print(json.dumps([sys.version_info[:2], torch]))
+    """
+    on_path = [f"{folder}/python3" for folder in os.get_exec_path()]
+    for interpreter in dict.fromkeys([sys.executable, sys._base_executable, *on_path]):
+        if interpreter and os.access(interpreter, os.X_OK):
+            answer = subprocess.run([interpreter, "-c", probe], capture_output=True, text=True)
+            if answer.returncode == 0:
+                version_info, found = json.loads(answer.stdout)
+                torch = Torch(*found)
+                same_python = tuple(version_info) == sys.version_info[:2]
+                if same_python and Version(torch.version) >= Version(OLDEST_TORCH):
+                    return torch
+    return None

@@ -1,0 +1,184 @@
+"""The native library: loading it, its fake kernels, and the errors it raises.
+
+`torch.ops.flash_mla.*` are the operators. Public functions add defaults and call forms; each then
+makes one call through `call`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+_NOT_IMPLEMENTED = "[NotImplementedError] "
+
+
+def _load() -> None:
+    library = Path(__file__).parent / "libflash_mla_torch.so"
+    if not library.exists():
+        raise ImportError(
+            f"flash_mla: {library} is missing; install the package (`pip install ./python-api`) "
+            "instead of importing its source folder"
+        )
+    torch.ops.load_library(library)
+
+
+_load()
+ops = torch.ops.flash_mla
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator; what no kernel serves raises NotImplementedError.
+
+    The stable ABI has no way to raise that class, so the native library tags the message.
+    """
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error)
+        if _NOT_IMPLEMENTED not in message:
+            raise
+    raise NotImplementedError(message.split(_NOT_IMPLEMENTED, 1)[1].splitlines()[0])
+
+
+def refuse_grad(function: str, *tensors: Tensor | None) -> None:
+    """Inference operators have no backward: silence would give wrong gradients."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{function}: an input requires grad, but this operator has no backward; "
+                    "call it under torch.no_grad() or torch.inference_mode()"
+                )
+
+
+def _decode_lse(q: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _out(q: Tensor, d_v: int) -> Tensor:
+    dtype = torch.float16 if q.dtype == torch.float16 else torch.bfloat16
+    return q.new_empty((*q.shape[:-1], d_v), dtype=dtype)
+
+
+@torch.library.register_fake("flash_mla::mla_decode_dense")
+def _(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    descale_q: Tensor | None,
+    descale_k: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    return _out(q, head_dim_v), _decode_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mla_decode_dense_out")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _decode_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mla_decode_sparse")
+def _(
+    q: Tensor,
+    kv_cache: Tensor,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    return _out(q, head_dim_v), _decode_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mla_decode_sparse_out")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _decode_lse(q)
+
+
+def _prefill_rows(q: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("flash_mla::mla_prefill_sparse")
+def _(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    d_v: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _out(q, d_v), _prefill_rows(q), _prefill_rows(q)
+
+
+@torch.library.register_fake("flash_mla::mla_prefill_sparse_out")
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _prefill_rows(q), _prefill_rows(q)
+
+
+def _head_major_lse(q: Tensor) -> Tensor:
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32).t()
+
+
+@torch.library.register_fake("flash_mla::mha_prefill_dense")
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _out(q, v.shape[-1]), _head_major_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mha_prefill_dense_out")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _head_major_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mha_prefill_dense_train")
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _out(q, v.shape[-1]), _head_major_lse(q)
+
+
+@torch.library.register_fake("flash_mla::mha_prefill_dense_backward")
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("flash_mla::merge_attn_states")
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+@torch.library.register_fake("flash_mla::merge_attn_states_out")
+def _(out_a: Tensor, lse_a: Tensor, *_: Any) -> Tensor:
+    return lse_a.new_empty(lse_a.shape)
+
+
+@torch.library.register_fake("flash_mla::kv_cache_append_")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("flash_mla::kv_cache_gather")
+def _(
+    cache: Tensor,
+    slot_mapping: Tensor,
+    format: str,
+    scale: Tensor | None,
+    d_qk: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return cache.new_empty((slot_mapping.shape[0], cache.shape[2], d_qk), dtype=dtype)
+
+
+@torch.library.register_fake("flash_mla::kv_cache_gather_out")
+def _(*_: Any) -> None:
+    return None

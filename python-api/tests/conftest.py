@@ -1,0 +1,86 @@
+"""Fixtures: the backend, and random numbers from a seed that is fresh in every run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# --import-mode=importlib leaves this folder off sys.path; the helpers beside this file are needed.
+sys.path.insert(0, str(Path(__file__).parent))
+for _helper in ("cases", "float64_reference", "kv_cache_bytes", "tolerances"):
+    pytest.register_assert_rewrite(_helper)
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+from backends import BACKENDS, Backend  # noqa: E402
+
+SEED_VARIABLE = "FLASH_MLA_TEST_SEED"
+SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(4), "little"))
+
+# An example is a whole attention call, whose time says nothing about the strategy that drew it.
+hypothesis.settings.register_profile(
+    "flash_mla",
+    deadline=None,
+    max_examples=20,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("flash_mla")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # One number repeats a whole run, hypothesis included, unless the user gave it its own.
+    if getattr(config.option, "hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    skipped = [f"{b.name} ({b.skip_reason})" for b in BACKENDS if b.skip_reason]
+    return [
+        f"seed: {SEED} (repeat this run with {SEED_VARIABLE}={SEED})",
+        f"backends: {', '.join(b.name for b in BACKENDS if not b.skip_reason)}"
+        + (f"; skipped: {', '.join(skipped)}" if skipped else ""),
+    ]
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(
+            b, id=b.name, marks=pytest.mark.skipif(bool(b.skip_reason), reason=str(b.skip_reason))
+        )
+        for b in BACKENDS
+    ],
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Session-wide, so that hypothesis may use it and the environment changes once a backend."""
+    chosen: Backend = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if chosen.kernel is not None:
+            patch.setenv("FLASH_MLA_KERNEL", chosen.kernel)
+        yield chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """What a backend that is still being built does not serve is skipped, with its own reason."""
+    chosen = pyfuncitem.funcargs.get("backend")
+    try:
+        return (yield)
+    except NotImplementedError as reason:
+        if isinstance(chosen, Backend) and not chosen.complete:
+            pytest.skip(f"{chosen.name}: {reason}")
+        raise
+
+
+@pytest.fixture
+def gen(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of this test's own: the same numbers whatever other tests run before it."""
+    seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
+    return torch.Generator().manual_seed(seed)
