@@ -60,10 +60,12 @@ Tensor mla_decode_dense_out(const Tensor& q, const Tensor& kv_cache, const Tenso
   return lse;
 }
 
-std::tuple<Tensor, Tensor> mla_decode_dense(
-    const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
-    const Tensor& cache_seqlens, const OptionalTensor& descale_q, const OptionalTensor& descale_k,
-    int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant) {
+std::tuple<Tensor, Tensor> mla_decode_dense(const Tensor& q, const Tensor& kv_cache,
+                                            const Tensor& block_table, const Tensor& cache_seqlens,
+                                            const OptionalTensor& descale_q,
+                                            const OptionalTensor& descale_k, int64_t head_dim_v,
+                                            double softmax_scale, bool causal,
+                                            bool batch_invariant) {
   Tensor out = empty_out(q, head_dim_v);
   Tensor lse = mla_decode_dense_out(q, kv_cache, block_table, cache_seqlens, descale_q, descale_k,
                                     head_dim_v, softmax_scale, causal, batch_invariant, out);
@@ -226,7 +228,7 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
   return {out, lse};
 }
 
-flash_mla::KvFormat format_of(const std::string& name) {
+flash_mla::KvFormat format_of(const char* operator_name, const std::string& name) {
   std::string known;
   for (int32_t i = 0; i < flash_mla::kNumKvFormats; ++i) {
     flash_mla::KvFormatInfo info;
@@ -234,8 +236,9 @@ flash_mla::KvFormat format_of(const std::string& name) {
     if (name == info.name) return static_cast<flash_mla::KvFormat>(i);
     known += std::string(i ? ", " : "") + info.name;
   }
-  throw std::invalid_argument("kv_cache: format must be one of " + known + ", got '" + name +
-                              "'; kv_format(cache) tells the format of a cache");
+  throw std::invalid_argument(std::string(operator_name) + ": format must be one of " + known +
+                              ", got '" + name +
+                              "'; use one of them, or leave it out: the cache tells");
 }
 
 void kv_cache_append_(const Tensor& kv, Tensor& cache, const Tensor& slot_mapping,
@@ -245,7 +248,7 @@ void kv_cache_append_(const Tensor& kv, Tensor& cache, const Tensor& slot_mappin
   args.slot_mapping = view(slot_mapping);
   args.cache = view(cache);
   args.scale = view(scale);
-  args.format = format_of(format);
+  args.format = format_of("kv_cache_append", format);
   const flash_mla::Stream stream = prepare_call(cache);
   throw_if_error(flash_mla::kv_cache_append(args, stream));
 }
@@ -257,7 +260,7 @@ void kv_cache_gather_out(const Tensor& cache, const Tensor& slot_mapping, std::s
   args.slot_mapping = view(slot_mapping);
   args.kv = view(kv);
   args.scale = view(scale);
-  args.format = format_of(format);
+  args.format = format_of("kv_cache_gather", format);
   const flash_mla::Stream stream = prepare_call(cache);
   throw_if_error(flash_mla::kv_cache_gather(args, stream));
 }
@@ -297,9 +300,8 @@ std::vector<std::string> build_info() {
     flash_mla::KvFormatInfo info;
     throw_if_error(flash_mla::kv_format_info(static_cast<flash_mla::KvFormat>(i), &info));
     lines.push_back(std::string("kv_format=") + info.name + "," + std::to_string(info.d_qk) + "," +
-                    std::to_string(info.d_nope) + "," + std::to_string(info.bytes_per_token) +
-                    "," + std::to_string(info.scale_tile) + "," +
-                    std::to_string(info.page_align_bytes));
+                    std::to_string(info.d_nope) + "," + std::to_string(info.bytes_per_token) + "," +
+                    std::to_string(info.scale_tile) + "," + std::to_string(info.page_align_bytes));
   }
   return lines;
 }
@@ -387,10 +389,12 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> mha_prefill_dense_train(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_qo,
-    const Tensor& cu_seqlens_kv, int64_t max_seqlen_qo, int64_t max_seqlen_kv,
-    double softmax_scale, bool causal, bool deterministic) {
+std::tuple<Tensor, Tensor> mha_prefill_dense_train(const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const Tensor& cu_seqlens_qo,
+                                                   const Tensor& cu_seqlens_kv,
+                                                   int64_t max_seqlen_qo, int64_t max_seqlen_kv,
+                                                   double softmax_scale, bool causal,
+                                                   bool deterministic) {
   (void)deterministic;  // of the backward
   return mha_prefill_dense(q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv,
                            softmax_scale, causal);

@@ -35,6 +35,10 @@ const DTypePair kDTypes[] = {
     {DType::kInt8, aoti_torch_dtype_int8()},
     {DType::kInt32, aoti_torch_dtype_int32()},
     {DType::kInt64, aoti_torch_dtype_int64()},
+    {DType::kFloat64, aoti_torch_dtype_float64()},
+    {DType::kFloat8E5M2, aoti_torch_dtype_float8_e5m2()},
+    {DType::kInt16, aoti_torch_dtype_int16()},
+    {DType::kBool, aoti_torch_dtype_bool()},
 };
 
 DType core_dtype(int32_t torch_dtype) {

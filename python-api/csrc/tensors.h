@@ -22,8 +22,8 @@ TensorView view(const std::optional<Tensor>& tensor);  // none: an absent argume
 
 std::vector<int64_t> sizes(const Tensor& tensor);
 
-// The tensor's size in a dimension, 0 where there is no such dimension: outputs are allocated before
-// the core has judged the inputs.
+// The tensor's size in a dimension, 0 where there is no such dimension: outputs are allocated
+// before the core has judged the inputs.
 int64_t size_or_zero(const Tensor& tensor, int dim);
 
 // Uninitialised, contiguous, on the device of `like`.

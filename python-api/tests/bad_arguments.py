@@ -25,7 +25,7 @@ REMEDY = (
 class Bad:
     """One broken rule: what differs from a good call, and what the message must name.
 
-    argument and value are regular expressions; value is what was seen.
+    argument and value are regular expressions for whole words; value is what was seen.
     """
 
     name: str
@@ -60,7 +60,7 @@ def assert_says(error: BaseException, bad: Bad, operators: str) -> None:
     for what, pattern in (
         ("the operator", operators),
         ("the argument", bad.argument),
-        ("the value", bad.value),
+        ("the value", rf"(?<![\w.])({bad.value})(?!\w)"),
     ):
         assert re.search(pattern, message), f"{what} ({pattern}) is not named in: {message}"
     assert re.search(REMEDY, message, re.IGNORECASE), f"no remedy in: {message}"

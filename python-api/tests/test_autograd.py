@@ -9,7 +9,7 @@ import torch
 from backends import Backend
 from cases import case_id, pairwise
 from mha_cases import Varlen, varlen
-from tolerances import GRADIENT, assert_bitwise_equal, assert_out_close
+from tolerances import assert_bitwise_equal, assert_gradient_close
 from torch import Tensor
 
 import flash_mla
@@ -58,7 +58,7 @@ def test_gradients_agree_with_float64_autograd(
         found, inputs.expected_gradients(d_out), (inputs.q, inputs.k, inputs.v), strict=True
     ):
         assert gradient.dtype == x.dtype
-        assert_out_close(gradient, expected, GRADIENT)
+        assert_gradient_close(gradient, expected)
 
 
 def test_rows_without_keys_give_no_gradient(backend: Backend, gen: torch.Generator) -> None:
@@ -97,7 +97,7 @@ def test_one_input_alone_may_require_grad(
     inputs[needed] = inputs[needed].detach().requires_grad_()
     out, _ = flash_mla.flash_attn_varlen_func(*inputs, *case.lengths, **case.options)
     (found,) = torch.autograd.grad(out, [inputs[needed]], d_out)
-    assert_out_close(found, case.expected_gradients(d_out)[needed], GRADIENT)
+    assert_gradient_close(found, case.expected_gradients(d_out)[needed])
 
 
 def test_packed_forms_give_the_gradients_of_their_parts(
@@ -114,13 +114,13 @@ def test_packed_forms_give_the_gradients_of_their_parts(
         q, kv, cu_seqlens, cu_seqlens, longest, longest, 192, causal=True
     )
     d_q, d_kv = torch.autograd.grad(out, [q, kv], d_out)
-    assert_out_close(d_q, expected[0], GRADIENT)
-    assert_out_close(d_kv, torch.cat(expected[1:], dim=-1), GRADIENT)
+    assert_gradient_close(d_q, expected[0])
+    assert_gradient_close(d_kv, torch.cat(expected[1:], dim=-1))
 
     qkv = torch.cat([case.q, case.k, case.v], dim=-1).requires_grad_()
     out, _ = flash_mla.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, longest, 192, causal=True)
     (d_qkv,) = torch.autograd.grad(out, [qkv], d_out)
-    assert_out_close(d_qkv, torch.cat(expected, dim=-1), GRADIENT)
+    assert_gradient_close(d_qkv, torch.cat(expected, dim=-1))
 
 
 def test_a_strided_gradient_of_out_is_taken(backend: Backend, gen: torch.Generator) -> None:

@@ -29,7 +29,7 @@ def prefill_sparse_arguments(gen: torch.Generator, device: str) -> dict[str, Any
 
 
 PREFILL_SPARSE = [
-    Bad("q has rank 2", lambda x: {"q": x["q"][0]}, r"\bq\b", "2"),
+    Bad("q has rank 2", lambda x: {"q": x["q"][0]}, r"\bq\b", "16, 576"),
     Bad("q is float32", lambda x: {"q": x["q"].float()}, r"\bq\b", "float32"),
     Bad("q has 560 columns", lambda x: {"q": x["q"][..., :560]}, r"\bq\b", "560"),
     Bad("q skips columns", lambda x: {"q": wider(x["q"], 576)[..., ::2]}, r"\bq\b", "2"),
@@ -37,13 +37,15 @@ PREFILL_SPARSE = [
     Bad("kv is fp16", lambda x: {"kv": x["kv"].half()}, r"\bkv\b", "float16|fp16"),
     Bad("kv has 512 columns", lambda x: {"kv": x["kv"][..., :512]}, r"\bkv\b|\bq\b", "512"),
     Bad("kv has two heads", lambda x: {"kv": cuts(x["kv"], 1, 2)}, r"\bkv\b", "2"),
-    Bad("kv has rank 2", lambda x: {"kv": x["kv"][:, 0]}, r"\bkv\b", "2"),
+    Bad("kv has rank 2", lambda x: {"kv": x["kv"][:, 0]}, r"\bkv\b", "30, 576"),
     Bad("indices are int64", lambda x: {"indices": x["indices"].long()}, "indices", "int64"),
-    Bad("indices have rank 2", lambda x: {"indices": x["indices"][:, 0]}, "indices", "2"),
+    Bad("indices have rank 2", lambda x: {"indices": x["indices"][:, 0]}, "indices", "5, 8"),
     Bad("indices of 4 queries", lambda x: {"indices": x["indices"][:4]}, "indices", "4"),
     Bad("d_v is 576", lambda x: {"d_v": 576}, "d_v", "576"),
     Bad("sink has 15 heads", lambda x: {"attn_sink": x["attn_sink"][:15]}, "attn_sink", "15"),
-    Bad("sink is float64", lambda x: {"attn_sink": x["attn_sink"].double()}, "attn_sink", "64"),
+    Bad(
+        "sink is float64", lambda x: {"attn_sink": x["attn_sink"].double()}, "attn_sink", "float64"
+    ),
     Bad(
         "topk_length of 4 queries",
         lambda x: {"topk_length": x["topk_length"][:4]},
@@ -74,7 +76,7 @@ def test_sparse_prefill_refuses(backend: Backend, gen: torch.Generator, bad: Bad
 
 VARLEN = [
     Bad("q is float32", lambda x: {"q": x["q"].float()}, r"\bq\b", "float32"),
-    Bad("q has rank 4", lambda x: {"q": x["q"][None]}, r"\bq\b", "4"),
+    Bad("q has rank 4", lambda x: {"q": x["q"][None]}, r"\bq\b", "1, 29, 4, 192"),
     Bad("k is fp16, q bf16", lambda x: {"k": x["k"].half()}, r"\bk\b", "float16|fp16"),
     Bad("v is fp16, q bf16", lambda x: {"v": x["v"].half()}, r"\bv\b", "float16|fp16"),
     Bad("k has 128 columns", lambda x: {"k": x["k"][..., :128]}, r"\bk\b|\bq\b", "128"),
@@ -136,12 +138,12 @@ def test_varlen_attention_refuses(
 
 
 MERGE = [
-    Bad("out_a has rank 2", lambda x: {"out_a": x["out_a"][0]}, "out_a", "2"),
+    Bad("out_a has rank 2", lambda x: {"out_a": x["out_a"][0]}, "out_a", "3, 512"),
     Bad("out_a is int32", lambda x: {"out_a": x["out_a"].int()}, "out_a", "int32"),
     Bad("out_b has other rows", lambda x: {"out_b": x["out_b"][:4]}, "out_b", "4"),
     Bad("out_b has other columns", lambda x: {"out_b": x["out_b"][..., :256]}, "out_b", "256"),
     Bad("out_b is fp16", lambda x: {"out_b": x["out_b"].half()}, "out_b", "float16|fp16"),
-    Bad("lse_a is bf16", lambda x: {"lse_a": x["lse_a"].bfloat16()}, "lse_a", "bf"),
+    Bad("lse_a is bf16", lambda x: {"lse_a": x["lse_a"].bfloat16()}, "lse_a", "bfloat16"),
     Bad("lse_b has other heads", lambda x: {"lse_b": x["lse_b"][:, :2]}, "lse_b", "2"),
     Bad("lse_a is transposed", lambda x: {"lse_a": x["lse_a"].t()}, "lse_a", "3"),
     Bad("out_a skips columns", lambda x: {"out_a": wider(x["out_a"], 512)[..., ::2]}, "out_a", "2"),
@@ -166,13 +168,15 @@ APPEND = [
     Bad("kv is int32", lambda x: {"kv": x["kv"].int()}, r"\bkv\b", "int32"),
     Bad("kv has 512 columns", lambda x: {"kv": x["kv"][..., :512]}, r"\bkv\b", "512"),
     Bad("kv has two heads", lambda x: {"kv": cuts(x["kv"], 1, 2)}, r"\bkv\b", "2"),
-    Bad("kv has rank 2", lambda x: {"kv": x["kv"][:, 0]}, r"\bkv\b", "2"),
-    Bad("slots are float", lambda x: {"slot_mapping": x["slot_mapping"].float()}, "slot", "float"),
+    Bad("kv has rank 2", lambda x: {"kv": x["kv"][:, 0]}, r"\bkv\b", "5, 576"),
+    Bad(
+        "slots are float", lambda x: {"slot_mapping": x["slot_mapping"].float()}, "slot", "float32"
+    ),
     Bad("slots of 4 tokens", lambda x: {"slot_mapping": x["slot_mapping"][:4]}, "slot", "4"),
-    Bad("slots have rank 2", lambda x: {"slot_mapping": x["slot_mapping"][None]}, "slot", "2"),
+    Bad("slots have rank 2", lambda x: {"slot_mapping": x["slot_mapping"][None]}, "slot", "1, 5"),
     Bad("a scale", lambda x: {"scale": torch.ones(1, device=x["kv"].device)}, "scale", "v32_fp8"),
-    Bad("cache has rank 3", lambda x: {"cache": x["cache"][:, :, 0]}, "cache", "3"),
-    Bad("cache is bf16", lambda x: {"cache": x["cache"].bfloat16()}, "cache", "bf"),
+    Bad("cache has rank 3", lambda x: {"cache": x["cache"][:, :, 0]}, "cache", "2, 4, 656"),
+    Bad("cache is bf16", lambda x: {"cache": x["cache"].bfloat16()}, "cache", "bfloat16|bf16"),
 ]
 
 

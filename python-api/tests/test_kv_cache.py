@@ -153,7 +153,9 @@ def test_ties_of_fp4_go_to_even(backend: Backend) -> None:
 def test_unpacking_reads_what_is_stored(
     backend: Backend, gen: torch.Generator, name: str, dtype: torch.dtype
 ) -> None:
-    kv = normal(gen, 3, 5, 1, PACKED[name].d_qk if name in PACKED else 576, std=1.0)
+    # 8 tokens a page: moving a v4_fp8 cache to a device drops the padding behind its pages, and
+    # only multiples of 16 bytes stay aligned without it.
+    kv = normal(gen, 3, 8, 1, PACKED[name].d_qk if name in PACKED else 576, std=1.0)
     cache = kv_cache_bytes.encode(kv, name, scales="any" if name == "v32_fp8" else "power_of_two")
     scale = scale_for(name, backend)
     expected = kv_cache_bytes.decode(cache, name, 1.0 if scale is None else float(scale))

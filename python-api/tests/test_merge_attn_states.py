@@ -16,7 +16,9 @@ INF = float("inf")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def parts(gen: torch.Generator, backend: Backend, n: int, h: int, d: int, dtype: torch.dtype):
+def parts(
+    gen: torch.Generator, backend: Backend, n: int, h: int, d: int, dtype: torch.dtype
+) -> list[Tensor]:
     return [
         x.to(backend.device)
         for _ in range(2)

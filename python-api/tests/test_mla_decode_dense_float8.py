@@ -137,6 +137,22 @@ def test_a_descale_of_one_is_no_descale(backend: Backend, gen: torch.Generator) 
     assert_bitwise_equal(again_lse, lse)
 
 
+@pytest.mark.parametrize("kv_format", ["bf16", "v32_fp8"])
+def test_a_descale_is_a_factor_whatever_the_dtype(
+    backend: Backend, gen: torch.Generator, kv_format: str
+) -> None:
+    """Halves are exact in bf16: logits as by half the softmax_scale, and V half as large."""
+    inputs = dense_decode(gen, backend.device, lengths=[70, 3], kv_format=kv_format)
+    half = torch.full((1,), 0.5, device=backend.device)
+    wanted, wanted_lse = inputs.run(softmax_scale=0.5 * 576**-0.5)
+    with_q, with_q_lse = inputs.run(descale_q=half)
+    with_k, with_k_lse = inputs.run(descale_k=half)
+    assert_bitwise_equal(with_q, wanted)
+    assert_bitwise_equal(with_q_lse, wanted_lse)
+    assert_bitwise_equal(with_k, wanted / 2)
+    assert_bitwise_equal(with_k_lse, wanted_lse)
+
+
 def test_float8_queries_are_not_rounded_further(backend: Backend, gen: torch.Generator) -> None:
     """The same values as bf16 queries: float8 is a subset of bf16, so only the dtype differs."""
     inputs = dense_decode(gen, backend.device, lengths=[300], kv_format="fp8", fp8_q=True)

@@ -120,11 +120,6 @@ def test_v32_fp8_takes_any_float32_scale(backend: Backend, gen: torch.Generator,
     )
 
 
-def test_an_fp16_cache_with_fp16_queries(backend: Backend, gen: torch.Generator) -> None:
-    inputs = sparse_decode(gen, backend.device, kv_format="fp16", attn_sink=(0.0,))
-    assert_agrees(inputs)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kv_format", ["v32_fp8", "v4_fp8", "v41_fp8"])
 def test_a_packed_cache_comes_as_any_one_byte_dtype(

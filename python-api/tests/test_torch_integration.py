@@ -14,9 +14,9 @@ from mha_cases import varlen
 from op_cases import FUNCTIONAL, MUTATING, op_arguments
 from tolerances import (
     DECODE,
-    GRADIENT,
     PREFILL,
     assert_bitwise_equal,
+    assert_gradient_close,
     assert_lse_close,
     assert_out_close,
 )
@@ -38,7 +38,12 @@ def tensors_of(result: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", FUNCTIONAL + MUTATING)
 def test_opcheck(backend: Backend, gen: torch.Generator, name: str) -> None:
-    torch.library.opcheck(*op_arguments(name, gen, backend.device))
+    op, arguments = op_arguments(name, gen, backend.device)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks.append("test_aot_dispatch_dynamic")
+    if "fp8" in name.split():  # it compares inputs with allclose, which torch lacks for float8
+        checks.remove("test_schema")
+    torch.library.opcheck(op, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
@@ -166,7 +171,7 @@ def test_varlen_attention_is_compiled_without_graph_breaks(
         d_out = normal(gen, *out.shape, std=1.0).to(out.dtype).to(out.device)
         found = torch.autograd.grad(out, inputs, d_out)
         for gradient, expected in zip(found, case.expected_gradients(d_out), strict=True):
-            assert_out_close(gradient, expected, GRADIENT)
+            assert_gradient_close(gradient, expected)
 
 
 def test_fake_tensors_give_shapes_without_computing() -> None:
@@ -251,15 +256,3 @@ def test_inference_ops_refuse_inputs_that_require_grad(
             call()
         x.requires_grad_(False)
     call()
-
-
-@pytest.mark.parametrize("name", ["mla_decode_dense", "mla_prefill_sparse", "mha_prefill_dense"])
-def test_operators_themselves_refuse_inputs_that_require_grad(
-    backend: Backend, gen: torch.Generator, name: str
-) -> None:
-    op, arguments = op_arguments(name, gen, backend.device)
-    arguments[0].requires_grad_()
-    with pytest.raises(RuntimeError):
-        op(*arguments)
-    with torch.no_grad():
-        op(*arguments)

@@ -20,11 +20,11 @@ inline constexpr int32_t kNumKvFormats = 7;
 // The layout of a format, for callers that allocate caches. The definition is kv_format.h.
 struct KvFormatInfo {
   const char* name = nullptr;
-  int32_t d_qk = 0;             // columns of a token; 0: 576 or 512, as the cache's last dimension
-  int32_t d_nope = 0;           // quantised columns; the rest is RoPE in bf16
-  int32_t bytes_per_token = 0;  // all of it, page-level scales included; 0: d_qk * element size
-  int32_t scale_tile = 0;       // columns that share a scale; 0: no scales in the cache
-  int32_t page_align_bytes = 1; // a page's bytes are rounded up to a multiple of this
+  int32_t d_qk = 0;              // columns of a token; 0: 576 or 512, as the cache's last dimension
+  int32_t d_nope = 0;            // quantised columns; the rest is RoPE in bf16
+  int32_t bytes_per_token = 0;   // all of it, page-level scales included; 0: d_qk * element size
+  int32_t scale_tile = 0;        // columns that share a scale; 0: no scales in the cache
+  int32_t page_align_bytes = 1;  // a page's bytes are rounded up to a multiple of this
 };
 
 FLASH_MLA_API Status kv_format_info(KvFormat format, KvFormatInfo* info);

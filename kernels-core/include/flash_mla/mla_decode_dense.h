@@ -17,12 +17,12 @@ struct MlaDecodeDenseArgs {
   TensorView kv_cache;       // [num_pages, page_size, h_kv, d_qk], or [.., 1, 656] bytes (v32_fp8)
   TensorView block_table;    // [b, max_pages] int32
   TensorView cache_seqlens;  // [b] int32, keys of each request
-  TensorView descale_q;      // optional, float32 [1] or [b]; with e4m3 q
-  TensorView descale_k;      // optional, float32 [1] or [b]; with an e4m3 cache
+  TensorView descale_q;      // optional, float32 [1] or [b]: q is its elements times this
+  TensorView descale_k;      // optional, float32 [1] or [b]: likewise for the cache
   TensorView out;            // [b, s_q, h_q, 512] bf16 or fp16
   TensorView lse;            // [b, h_q, s_q] float32
 
-  int32_t head_dim_v = 512;  // columns of V; 512 is the only value
+  int32_t head_dim_v = 512;    // columns of V; 512 is the only value
   float softmax_scale = 0.0f;  // multiplies q . k
   bool causal = false;
   bool batch_invariant = false;  // a request's result depends on that request alone, bit for bit

@@ -23,6 +23,11 @@ enum class DType : int32_t {
   kInt8 = 6,
   kInt32 = 7,
   kInt64 = 8,
+  // No operator takes these; they are here so that messages can name them.
+  kFloat64 = 9,
+  kFloat8E5M2 = 10,
+  kInt16 = 11,
+  kBool = 12,
 };
 
 enum class DeviceType : int32_t { kCpu = 0, kCuda = 1 };

@@ -19,13 +19,13 @@ struct KvLayout {
   const char* name;
   KvValue value;
   KvScale scale;
-  int32_t d_qk;        // 0: the cache's last dimension tells, 576 or 512
-  int32_t d_nope;      // columns stored as `value`; 0: all
-  int32_t scale_tile;  // columns that share a scale
+  int32_t d_qk;                 // 0: the cache's last dimension tells, 576 or 512
+  int32_t d_nope;               // columns stored as `value`; 0: all
+  int32_t scale_tile;           // columns that share a scale
   int32_t scales_offset_bytes;  // within a token; kPageScales: after the page's tokens
   int32_t rope_offset_bytes;
-  int32_t row_bytes;              // of a token, without page-level scales; 0: d_qk values
-  int32_t page_scale_bytes;       // page-level scale bytes of a token
+  int32_t row_bytes;         // of a token, without page-level scales; 0: d_qk values
+  int32_t page_scale_bytes;  // page-level scale bytes of a token
   int32_t page_align_bytes;
 
   FLASH_MLA_HD constexpr int32_t d_rope() const { return d_qk - d_nope; }

@@ -16,4 +16,12 @@ FLASH_MLA_HD constexpr int64_t visible_keys(int64_t num_keys, int64_t num_querie
   return limit < 0 ? 0 : limit;
 }
 
+// The inverse of visible_keys(): of `num_queries`, the first one that attends `key`.
+FLASH_MLA_HD constexpr int64_t first_query(int64_t num_keys, int64_t num_queries, int64_t key,
+                                           bool causal) {
+  if (!causal) return 0;
+  const int64_t first = key - (num_keys - num_queries);
+  return first < 0 ? 0 : first;
+}
+
 }  // namespace flash_mla

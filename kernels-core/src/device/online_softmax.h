@@ -34,7 +34,7 @@ FLASH_MLA_HD bool is_empty_lse(float lse) { return std::fabs(lse) == kInfinity; 
 
 // The factor that an attention sink puts on a row's output: exp(lse) / (exp(lse) + exp(sink)).
 FLASH_MLA_HD float sink_factor(float lse, float sink) {
-  if (lse == kEmptyLse) return 0.0f;
+  if (is_empty_lse(lse)) return 0.0f;
   return 1.0f / (1.0f + std::exp2((sink - lse) * kLog2e));
 }
 

@@ -28,8 +28,7 @@ struct PagedKv {
   FLASH_MLA_HD const uint8_t* row(int64_t page, int64_t offset, int32_t head) const {
     const KvLayout& layout = kv_layout(format);
     // A page with scales at its end holds its tokens densely, whatever the view's stride says.
-    const int64_t token_stride =
-        layout.page_scale_bytes ? layout.row_bytes : token_stride_bytes;
+    const int64_t token_stride = layout.page_scale_bytes ? layout.row_bytes : token_stride_bytes;
     return data + page * page_stride_bytes + offset * token_stride + head * head_stride_bytes;
   }
 

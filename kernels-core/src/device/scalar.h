@@ -52,9 +52,8 @@ FLASH_MLA_HD constexpr float fp16_to_float(uint16_t bits) {
   const uint32_t exponent = (bits >> 10) & 0x1fu;
   const uint32_t mantissa = bits & 0x3ffu;
   if (exponent == 0x1fu) return bits_float(sign | 0x7f800000u | (mantissa << 13));
-  const float magnitude = exponent == 0
-                              ? static_cast<float>(mantissa) * pow2(-24)
-                              : bits_float(((exponent + 112u) << 23) | (mantissa << 13));
+  const float magnitude = exponent == 0 ? static_cast<float>(mantissa) * pow2(-24)
+                                        : bits_float(((exponent + 112u) << 23) | (mantissa << 13));
   return bits_float(sign | float_bits(magnitude));
 }
 FLASH_MLA_HD constexpr uint16_t float_to_fp16(float value) {
@@ -78,9 +77,8 @@ FLASH_MLA_HD constexpr float e4m3_to_float(uint8_t bits) {
   const uint32_t exponent = (bits >> 3) & 0xfu;
   const uint32_t mantissa = bits & 0x7u;
   if ((bits & 0x7fu) == 0x7fu) return bits_float(sign | 0x7fc00000u);
-  const float magnitude = exponent == 0
-                              ? static_cast<float>(mantissa) * pow2(-9)
-                              : bits_float(((exponent + 120u) << 23) | (mantissa << 20));
+  const float magnitude = exponent == 0 ? static_cast<float>(mantissa) * pow2(-9)
+                                        : bits_float(((exponent + 120u) << 23) | (mantissa << 20));
   return bits_float(sign | float_bits(magnitude));
 }
 // Rounds to nearest even and saturates at +-448; NaN stays NaN.

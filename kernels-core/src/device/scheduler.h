@@ -14,8 +14,8 @@ FLASH_MLA_HD constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a :
 // Splits begin and end on multiples of this many keys.
 inline constexpr int64_t kSplitAlignKeys = 64;
 
-// With batch_invariant a request has min(kInvariantSplits, ceil(keys / kInvariantSplitKeys)) splits,
-// whatever else is in the batch.
+// With batch_invariant a request has min(kInvariantSplits, ceil(keys / kInvariantSplitKeys))
+// splits, whatever else is in the batch.
 inline constexpr int64_t kInvariantSplits = 4;
 inline constexpr int64_t kInvariantSplitKeys = 4096;
 

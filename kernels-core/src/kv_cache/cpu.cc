@@ -62,8 +62,8 @@ void copy_token(const Params& p, int64_t token, int32_t head) {
   const PagedKv& cache = p.cache;
   alignas(64) float values[kMaxDim];
   const int64_t element_bytes = p.kv_dtype == DType::kFloat32 ? 4 : 2;
-  uint8_t* kv = static_cast<uint8_t*>(p.kv) +
-                (token * p.kv_stride_t + head * p.kv_stride_h) * element_bytes;
+  uint8_t* kv =
+      static_cast<uint8_t*>(p.kv) + (token * p.kv_stride_t + head * p.kv_stride_h) * element_bytes;
   const int64_t slot = p.slot(token);
   const bool exists = cache.has_slot(slot);
   const int64_t page = exists ? slot / cache.page_size : 0;
@@ -102,7 +102,7 @@ Status launch(const Problem& p, const Workspace&, Stream) {
 
 }  // namespace
 
-extern constinit const Variant<Problem> variant_cpu = {
-    "cpu", Row::kCpu, supports_all<Problem>, no_workspace<Problem>, launch};
+extern constinit const Variant<Problem> variant_cpu = {"cpu", Row::kCpu, supports_all<Problem>,
+                                                       no_workspace<Problem>, launch};
 
 }  // namespace flash_mla::kv_cache

@@ -23,8 +23,8 @@ Status validate_args(const char* operator_name, const Args& caller, Direction di
   p.direction = direction;
 
   const auto format = static_cast<int32_t>(args.format);
-  check.require(format >= 0 && format < kNumKvFormats, "format",
-                "be one of the KvFormat values", std::to_string(format), "see kv_cache.h");
+  check.require(format >= 0 && format < kNumKvFormats, "format", "be one of the KvFormat values",
+                std::to_string(format), "use one of them: kv_cache.h");
   if (!check.ok()) return check.status();
   parse_kv_cache_as(check, args.cache, "cache", args.format, &p.cache);
   if (!check.ok()) return check.status();
@@ -55,7 +55,8 @@ Status validate_args(const char* operator_name, const Args& caller, Direction di
     check.size(args.scale, "scale", 0, 1, "one scale for the whole cache");
     check.same_device(args.scale, "scale", p.device, "cache");
     check.require(args.format == KvFormat::kFp8, "scale", "come with format fp8",
-                  kv_layout(args.format).name, "leave it out: other formats have none, or their own");
+                  kv_layout(args.format).name,
+                  "leave it out: other formats have none, or their own");
     p.scale = static_cast<const float*>(args.scale.data);
   }
   if (check.ok()) *problem = p;
@@ -85,7 +86,8 @@ Status kv_format_info(KvFormat format, KvFormatInfo* info) {
                        index);
   }
   const KvLayout& layout = kv_layout(format);
-  *info = {layout.name,       layout.d_qk,       layout.d_nope, layout.bytes_per_token(),
+  *info = {layout.name,       layout.d_qk,
+           layout.d_nope,     layout.bytes_per_token(),
            layout.scale_tile, layout.page_align_bytes};
   return {};
 }

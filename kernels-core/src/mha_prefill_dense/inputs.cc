@@ -13,7 +13,7 @@ CuSeqlens parse_cu_seqlens(Check& check, const TensorView& view, const char* arg
   check.same_device(view, argument, q.device, "q");
   if (!check.ok()) return {};
   check.require(view.shape[0] >= 1, argument, "have n + 1 elements for n sequences", "none",
-                "without a sequence it is [0]");
+                "pass [0] for no sequence at all");
   check.require(max_seqlen >= 0, max_argument, "not be negative", std::to_string(max_seqlen),
                 "pass the length of the longest sequence");
   return {static_cast<const int32_t*>(view.data), view.stride[0], tokens, max_seqlen};
@@ -82,11 +82,11 @@ void parse_inputs(Check& check, const MhaPrefillDenseArgs& args, Params* p) {
       std::to_string(args.q.shape[2]) + " and " + std::to_string(args.v.shape[2]);
   check.require((args.q.shape[2] == 192 || args.q.shape[2] == 128) && args.v.shape[2] == 128,
                 "q and v", "have last dimensions (d_qk, d_v) of (192, 128) or (128, 128)", widths,
-                "heads of MLA have 128 columns, and d_qk may have 64 RoPE columns more");
+                "pass heads of 128 columns; q and k may have 64 RoPE columns more");
   check.require(
       p->h_kv > 0 && p->h_q > 0 && p->h_q % p->h_kv == 0, "q",
       "have a number of heads (dimension 1) that h_kv = " + std::to_string(p->h_kv) + " divides",
-      std::to_string(p->h_q), "each key head serves h_q / h_kv query heads");
+      std::to_string(p->h_q), "pass a multiple of h_kv query heads");
   if (!check.ok()) return;
 
   p->q = {args.q.data, args.q.stride[0], args.q.stride[1]};

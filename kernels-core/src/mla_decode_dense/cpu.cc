@@ -26,9 +26,7 @@ struct Rows {
   int64_t tiles;
 
   explicit Rows(const Params& p)
-      : group(p.h_q / p.kv.h_kv),
-        per_head(p.s_q * group),
-        tiles(ceil_div(per_head, kTileRows)) {}
+      : group(p.h_q / p.kv.h_kv), per_head(p.s_q * group), tiles(ceil_div(per_head, kTileRows)) {}
 };
 
 int64_t max_keys(const Params& p) { return p.max_pages * p.kv.page_size; }
@@ -85,8 +83,8 @@ void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int
     const int64_t head = kv_head * rows.group + (first_row + r) % rows.group;
     const int64_t at = request * p.q_stride_b + i * p.q_stride_s + head * p.q_stride_h;
     cpu::load_row(p.q_dtype, static_cast<const uint8_t*>(p.q) + at * q_bytes, d_qk, queries.q(r));
-    visible_limit[r] = visible_keys(p.cache_seqlens[request * p.cache_seqlens_stride], p.s_q, i,
-                                    p.causal);
+    visible_limit[r] =
+        visible_keys(p.cache_seqlens[request * p.cache_seqlens_stride], p.s_q, i, p.causal);
   }
 
   // Tokens of pages that do not exist are left out of the block, so a row sees a prefix of it.
@@ -105,8 +103,8 @@ void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int
     }
     int visible[kTileRows];
     for (int r = 0; r < count; ++r) {
-      visible[r] = static_cast<int>(
-          std::lower_bound(position, position + n, visible_limit[r]) - position);
+      visible[r] =
+          static_cast<int>(std::lower_bound(position, position + n, visible_limit[r]) - position);
     }
     queries.attend(k.get(), d_qk, k.get(), d_qk, n, visible);
   }

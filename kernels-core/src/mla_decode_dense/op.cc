@@ -22,7 +22,7 @@ void check_descale(Check& check, const TensorView& descale, const char* argument
   if (!check.ok()) return;
   check.require(descale.shape[0] == 1 || descale.shape[0] == p.b, argument,
                 "have 1 or b = " + std::to_string(p.b) + " elements", shape_string(descale),
-                "one scale for all requests, or one for each");
+                "pass one scale for all requests, or one for each");
   *data = static_cast<const float*>(descale.data);
   *stride = descale.shape[0] == 1 ? 0 : descale.stride[0];
 }
@@ -51,7 +51,7 @@ Status Problem::validate(const MlaDecodeDenseArgs& caller, Problem* problem, Out
   const int64_t d_qk = args.q.shape[3];
   check.require(d_qk == kLatentDim || d_qk == kLatentDim + kRopeDim, "q",
                 "have a last dimension (d_qk) of 576 or 512", std::to_string(d_qk),
-                "512 latent columns, then 64 RoPE columns or none");
+                "pass 512 latent columns, then 64 RoPE columns or none");
 
   parse_kv_cache(check, args.kv_cache, "kv_cache", &p.kv);
   check.same_device(args.kv_cache, "kv_cache", p.device, "q");
@@ -61,20 +61,19 @@ Status Problem::validate(const MlaDecodeDenseArgs& caller, Problem* problem, Out
   check.require(format == KvFormat::kBf16 || format == KvFormat::kFp16 ||
                     format == KvFormat::kFp8 || format == KvFormat::kV32Fp8,
                 "kv_cache", "be in format bf16, fp16, fp8 or v32_fp8", format_name,
-                "this format is attended by token indices: mla_decode_sparse");
+                "pass indices: mla_decode_sparse serves this format");
   const int64_t page_size = p.kv.page_size;
   const bool power_of_two = page_size <= 256 && (page_size & (page_size - 1)) == 0;
   check.require(power_of_two || page_size % 64 == 0, "kv_cache",
                 "have a page_size (dimension 1) that is a power of two from 1 to 256 or a multiple "
                 "of 64",
                 std::to_string(page_size), "allocate the cache with such pages");
-  check.require(d_qk == p.kv.d_qk, "q",
-                "have the d_qk of kv_cache, " + std::to_string(p.kv.d_qk), std::to_string(d_qk),
-                "one latent width serves queries and keys");
-  check.require(p.h_q > 0 && p.h_q % p.kv.h_kv == 0, "q",
-                "have a number of heads (dimension 2) that h_kv = " + std::to_string(p.kv.h_kv) +
-                    " divides",
-                std::to_string(p.h_q), "each key head serves h_q / h_kv query heads");
+  check.require(d_qk == p.kv.d_qk, "q", "have the d_qk of kv_cache, " + std::to_string(p.kv.d_qk),
+                std::to_string(d_qk), "pass a q and a cache of one width");
+  check.require(
+      p.h_q > 0 && p.h_q % p.kv.h_kv == 0, "q",
+      "have a number of heads (dimension 2) that h_kv = " + std::to_string(p.kv.h_kv) + " divides",
+      std::to_string(p.h_q), "pass a multiple of h_kv query heads");
   const bool q_fits = format == KvFormat::kFp16  ? p.q_dtype == DType::kFloat16
                       : format == KvFormat::kFp8 ? p.q_dtype != DType::kFloat16
                                                  : p.q_dtype == DType::kBFloat16;
@@ -103,8 +102,8 @@ Status Problem::validate(const MlaDecodeDenseArgs& caller, Problem* problem, Out
 
   check_descale(check, args.descale_q, "descale_q", p, &p.descale_q, &p.descale_q_stride);
   check_descale(check, args.descale_k, "descale_k", p, &p.descale_k, &p.descale_k_stride);
-  check.require(args.head_dim_v == kLatentDim, "head_dim_v", "be 512", std::to_string(args.head_dim_v),
-                "V is the first 512 columns of K");
+  check.require(args.head_dim_v == kLatentDim, "head_dim_v", "be 512",
+                std::to_string(args.head_dim_v), "pass 512: V is the first 512 columns of K");
   p.softmax_scale = args.softmax_scale;
   p.causal = args.causal;
   p.batch_invariant = args.batch_invariant;

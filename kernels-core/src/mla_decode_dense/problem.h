@@ -28,7 +28,7 @@ struct Params {
   const float* descale_q;  // null: 1
   const float* descale_k;
   int64_t descale_q_stride, descale_k_stride;  // 0: one value for all requests
-  void* out;  // [b, s_q, h_q, 512]
+  void* out;                                   // [b, s_q, h_q, 512]
   int64_t out_stride_b, out_stride_s, out_stride_h;
   float* lse;  // [b, h_q, s_q]
   int64_t lse_stride_b, lse_stride_h, lse_stride_s;

@@ -61,8 +61,7 @@ void attend(const Params& p, int64_t query, int64_t tile, int64_t split, const S
 
   cpu::QueryTile queries(count, p.d_qk, kLatentDim, p.softmax_scale);
   for (int r = 0; r < count; ++r) {
-    const int64_t at =
-        request * p.q_stride_b + i * p.q_stride_s + (first_head + r) * p.q_stride_h;
+    const int64_t at = request * p.q_stride_b + i * p.q_stride_s + (first_head + r) * p.q_stride_h;
     cpu::load_row(p.dtype, static_cast<const uint8_t*>(p.q) + at * 2, p.d_qk, queries.q(r));
   }
 

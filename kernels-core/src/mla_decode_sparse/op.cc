@@ -22,12 +22,13 @@ void check_token_set(Check& check, const Problem& p, const TensorView& cache,
   const KvFormat format = set->kv.format;
   check.require(format != KvFormat::kFp16 && format != KvFormat::kFp8, cache_name,
                 "be in format bf16, v32_fp8, v4_fp8, v41_fp8 or v41_fp4", kv_layout(format).name,
-                "this format is served by mla_decode_dense");
+                "leave indices out: mla_decode_dense serves this format");
   check.require(set->kv.h_kv == 1, cache_name, "have 1 key head (dimension 2)",
-                std::to_string(set->kv.h_kv), "the indices name tokens of one latent");
+                std::to_string(set->kv.h_kv),
+                "pass one head: the indices name tokens of one latent");
   check.require(set->kv.d_qk == p.d_qk, "q",
                 "have the d_qk of " + std::string(cache_name) + ", " + std::to_string(set->kv.d_qk),
-                std::to_string(p.d_qk), "one latent width serves queries and keys");
+                std::to_string(p.d_qk), "pass a q and a cache of one width");
 
   check.vector(indices, indices_name, "[b, s_q, topk]", {DType::kInt32});
   check.size(indices, indices_name, 0, p.b, "b, as q");
@@ -71,7 +72,7 @@ Status Problem::validate(const MlaDecodeSparseArgs& caller, Problem* problem, Ou
   p.q_stride_h = args.q.stride[2];
   check.require(p.d_qk == kLatentDim || p.d_qk == kLatentDim + kRopeDim, "q",
                 "have a last dimension (d_qk) of 576 or 512", std::to_string(p.d_qk),
-                "512 latent columns, then 64 RoPE columns or none");
+                "pass 512 latent columns, then 64 RoPE columns or none");
 
   check_token_set(check, p, args.kv_cache, "kv_cache", args.indices, "indices", args.topk_length,
                   "topk_length", &p.main);
@@ -82,11 +83,11 @@ Status Problem::validate(const MlaDecodeSparseArgs& caller, Problem* problem, Ou
     check_token_set(check, p, args.extra_kv_cache, "extra_kv_cache", args.extra_indices,
                     "extra_indices", args.extra_topk_length, "extra_topk_length", &p.extra);
     const KvFormat format = p.extra.kv.format;
-    check.require(format == p.main.kv.format || (p.main.kv.format == KvFormat::kV41Fp8 &&
-                                                 format == KvFormat::kV41Fp4),
+    check.require(format == p.main.kv.format ||
+                      (p.main.kv.format == KvFormat::kV41Fp8 && format == KvFormat::kV41Fp4),
                   "extra_kv_cache",
-                  std::string("have the format of kv_cache, ") +
-                      kv_layout(p.main.kv.format).name + ", or be v41_fp4 beside v41_fp8",
+                  std::string("have the format of kv_cache, ") + kv_layout(p.main.kv.format).name +
+                      ", or be v41_fp4 beside v41_fp8",
                   kv_layout(format).name, "pack both caches alike");
   } else {
     check.require(!args.extra_indices.defined(), "extra_indices", "come with extra_kv_cache",
@@ -102,8 +103,8 @@ Status Problem::validate(const MlaDecodeSparseArgs& caller, Problem* problem, Ou
     p.attn_sink = static_cast<const float*>(args.attn_sink.data);
     p.attn_sink_stride = args.attn_sink.stride[0];
   }
-  check.require(args.head_dim_v == kLatentDim, "head_dim_v", "be 512", std::to_string(args.head_dim_v),
-                "V is the first 512 columns of K");
+  check.require(args.head_dim_v == kLatentDim, "head_dim_v", "be 512",
+                std::to_string(args.head_dim_v), "pass 512: V is the first 512 columns of K");
   p.softmax_scale = args.softmax_scale;
   p.batch_invariant = args.batch_invariant;
 

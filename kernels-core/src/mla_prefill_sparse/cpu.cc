@@ -67,7 +67,7 @@ Status launch(const Problem& p, const Workspace&, Stream) {
 
 }  // namespace
 
-extern constinit const Variant<Problem> variant_cpu = {
-    "cpu", Row::kCpu, supports_all<Problem>, no_workspace<Problem>, launch};
+extern constinit const Variant<Problem> variant_cpu = {"cpu", Row::kCpu, supports_all<Problem>,
+                                                       no_workspace<Problem>, launch};
 
 }  // namespace flash_mla::mla_prefill_sparse

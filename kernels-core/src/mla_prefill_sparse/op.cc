@@ -27,7 +27,7 @@ Status Problem::validate(const MlaPrefillSparseArgs& caller, Problem* problem, O
   p.q_stride_h = args.q.stride[1];
   check.require(p.d_qk == kLatentDim || p.d_qk == kLatentDim + kRopeDim, "q",
                 "have a last dimension (d_qk) of 576 or 512", std::to_string(p.d_qk),
-                "512 latent columns, then 64 RoPE columns or none");
+                "pass 512 latent columns, then 64 RoPE columns or none");
 
   check.tensor(args.kv, "kv", "[s_kv, h_kv, d_qk]", 3, {DType::kBFloat16});
   check.size(args.kv, "kv", 1, 1, "h_kv: one latent for all heads");
@@ -61,7 +61,7 @@ Status Problem::validate(const MlaPrefillSparseArgs& caller, Problem* problem, O
     p.attn_sink_stride = args.attn_sink.stride[0];
   }
   check.require(args.d_v == kLatentDim, "d_v", "be 512", std::to_string(args.d_v),
-                "V is the first 512 columns of K");
+                "pass 512: V is the first 512 columns of K");
   p.softmax_scale = args.softmax_scale;
 
   if (outputs == Outputs::kRequired) {

@@ -16,6 +16,10 @@ const char* dtype_name(DType dtype) {
     case DType::kInt8: return "int8";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
+    case DType::kFloat64: return "float64";
+    case DType::kFloat8E5M2: return "float8_e5m2";
+    case DType::kInt16: return "int16";
+    case DType::kBool: return "bool";
     case DType::kUnknown: break;
   }
   return "an unsupported dtype";
@@ -68,14 +72,16 @@ Check& Check::require(bool condition, const char* argument, const std::string& r
 Check& Check::vector(const TensorView& tensor, const char* argument, const char* dims,
                      std::initializer_list<DType> dtypes) {
   if (!ok()) return *this;
-  const int32_t rank = 1 + static_cast<int32_t>(std::count(dims, dims + std::string(dims).size(), ','));
+  const int32_t rank =
+      1 + static_cast<int32_t>(std::count(dims, dims + std::string(dims).size(), ','));
   require(tensor.defined(), argument, std::string("be a tensor ") + dims, "none",
-          "it is not optional");
+          "pass it: it is not optional");
   if (!ok()) return *this;
   require(tensor.rank == rank, argument, std::string("have shape ") + dims, shape_string(tensor),
           "reshape it");
   std::string names;
-  for (DType dtype : dtypes) names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  for (DType dtype : dtypes)
+    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
   require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), argument,
           "have dtype " + names, dtype_name(tensor.dtype), "convert it");
   return *this;
@@ -95,10 +101,10 @@ Check& Check::tensor(const TensorView& tensor, const char* argument, const char*
 Check& Check::size(const TensorView& tensor, const char* argument, int dim, int64_t expected,
                    const char* meaning) {
   if (!ok()) return *this;
-  return require(tensor.shape[dim] == expected, argument,
-                 "have " + std::to_string(expected) + " (" + meaning + ") in dimension " +
-                     std::to_string(dim),
-                 "shape " + shape_string(tensor), "pass tensors that belong to one call");
+  return require(
+      tensor.shape[dim] == expected, argument,
+      "have " + std::to_string(expected) + " (" + meaning + ") in dimension " + std::to_string(dim),
+      "shape " + shape_string(tensor), "pass tensors that belong to one call");
 }
 
 Check& Check::same_device(const TensorView& tensor, const char* argument, Device device,
@@ -132,16 +138,16 @@ Check& Check::no_overlap(const TensorView& tensor, const char* argument) {
     if (tensor.shape[i] <= 1) continue;
     int64_t reach = 0;
     for (int32_t j = 0; j < tensor.rank; ++j) {
-      const bool smaller = tensor.stride[j] < tensor.stride[i] ||
-                           (tensor.stride[j] == tensor.stride[i] && j > i);
+      const bool smaller =
+          tensor.stride[j] < tensor.stride[i] || (tensor.stride[j] == tensor.stride[i] && j > i);
       if (j != i && smaller) reach += tensor.stride[j] * (tensor.shape[j] - 1);
     }
     distinct &= tensor.stride[i] > reach;
   }
-  return require(distinct, argument, "have elements that do not overlap",
-                 "strides " + int_list(tensor.stride, tensor.rank) + " for shape " +
-                     shape_string(tensor),
-                 "do not pass an expanded tensor as an output");
+  return require(
+      distinct, argument, "have elements that do not overlap",
+      "strides " + int_list(tensor.stride, tensor.rank) + " for shape " + shape_string(tensor),
+      "do not pass an expanded tensor as an output");
 }
 
 }  // namespace flash_mla

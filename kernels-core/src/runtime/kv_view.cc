@@ -4,9 +4,8 @@ namespace flash_mla {
 
 namespace {
 
-constexpr std::initializer_list<DType> kCacheDtypes = {DType::kBFloat16, DType::kFloat16,
-                                                       DType::kFloat8E4M3, DType::kUInt8,
-                                                       DType::kInt8};
+constexpr std::initializer_list<DType> kCacheDtypes = {
+    DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3, DType::kUInt8, DType::kInt8};
 
 DType plain_dtype(KvFormat format) {
   return format == KvFormat::kBf16   ? DType::kBFloat16
@@ -42,15 +41,15 @@ void fill(Check& check, const TensorView& cache, const char* argument, KvFormat 
   check.require(layout.packed() ? h_kv == 1 : h_kv >= 1, argument,
                 layout.packed() ? "have 1 key head (dimension 2) in a packed format"
                                 : "have at least 1 key head (dimension 2)",
-                std::to_string(h_kv), "MLA shares one latent among all query heads");
+                std::to_string(h_kv), "pass one head: MLA shares one latent among all query heads");
   if (layout.page_scale_bytes > 0) {
     const int64_t page_bytes = page_size * layout.bytes_per_token();
-    check.require((page_size == 1 || cache.stride[1] == layout.bytes_per_token()) &&
-                      (cache.shape[0] <= 1 || cache.stride[0] >= page_bytes),
-                  argument, "have dense pages: only the page stride is free in " + describe(format),
-                  "strides " + std::to_string(cache.stride[0]) + ", " +
-                      std::to_string(cache.stride[1]),
-                  "slice the cache by pages only");
+    check.require(
+        (page_size == 1 || cache.stride[1] == layout.bytes_per_token()) &&
+            (cache.shape[0] <= 1 || cache.stride[0] >= page_bytes),
+        argument, "have dense pages: only the page stride is free in " + describe(format),
+        "strides " + std::to_string(cache.stride[0]) + ", " + std::to_string(cache.stride[1]),
+        "slice the cache by pages only");
     check.require(reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 &&
                       (cache.shape[0] <= 1 || cache.stride[0] % 16 == 0),
                   argument, "have 16-byte aligned pages",
@@ -89,8 +88,8 @@ void parse_kv_cache(Check& check, const TensorView& cache, const char* argument,
                 "pack it with kv_cache_pack, or view it as float8_e4m3fn");
 }
 
-void parse_kv_cache_as(Check& check, const TensorView& cache, const char* argument,
-                       KvFormat format, PagedKv* kv) {
+void parse_kv_cache_as(Check& check, const TensorView& cache, const char* argument, KvFormat format,
+                       PagedKv* kv) {
   check.tensor(cache, argument, kCacheDims, 4, kCacheDtypes);
   if (!check.ok()) return;
   check.require(holds(cache, format), argument,

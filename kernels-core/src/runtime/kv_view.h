@@ -12,7 +12,7 @@ namespace flash_mla {
 void parse_kv_cache(Check& check, const TensorView& cache, const char* argument, PagedKv* kv);
 
 // The same for a cache whose format the caller names: packing into it.
-void parse_kv_cache_as(Check& check, const TensorView& cache, const char* argument,
-                       KvFormat format, PagedKv* kv);
+void parse_kv_cache_as(Check& check, const TensorView& cache, const char* argument, KvFormat format,
+                       PagedKv* kv);
 
 }  // namespace flash_mla

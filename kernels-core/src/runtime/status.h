@@ -9,8 +9,8 @@ namespace flash_mla {
 [[gnu::format(printf, 2, 3)]] Status make_status(StatusCode code, const char* format, ...);
 
 // Returns from the enclosing function when an expression's Status is not ok.
-#define FLASH_MLA_RETURN_IF_ERROR(expression)                                     \
-  do {                                                                            \
+#define FLASH_MLA_RETURN_IF_ERROR(expression)                                      \
+  do {                                                                             \
     if (::flash_mla::Status status_ = (expression); !status_.ok()) return status_; \
   } while (false)
 

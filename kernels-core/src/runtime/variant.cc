@@ -32,7 +32,7 @@ Status row_runs_on(Row row, Device device) {
   FLASH_MLA_RETURN_IF_ERROR(device_caps(device, &caps));
   const int cc = caps->compute_capability;
   const bool runs = row == Row::kPortable ? cc >= 80
-                    : row == Row::kSm90   ? cc == 90           // sm_90a: no other chip runs it
+                    : row == Row::kSm90   ? cc == 90        // sm_90a: no other chip runs it
                                           : cc / 10 == 10;  // sm_100f: the family 10.x
   if (runs) return {};
   return make_status(StatusCode::kUnsupported, "needs compute capability %s, the device has %d.%d",
@@ -45,10 +45,10 @@ Status row_runs_on(Row row, Device device) {
 namespace detail {
 
 Status select(const char* operator_name, Device device, const Candidate* candidates, int count,
-              int* chosen) {
+              bool log, int* chosen) {
   const char* forced = std::getenv("FLASH_MLA_KERNEL");
   if (forced != nullptr && *forced == '\0') forced = nullptr;
-  const bool log = log_enabled("select");
+  log = log && log_enabled("select");
   std::string refusals;
   int found = -1;
   for (int i = 0; i < count && (found < 0 || log); ++i) {
@@ -87,10 +87,11 @@ Status select(const char* operator_name, Device device, const Candidate* candida
 
 Status check_workspace(const char* operator_name, const WorkspaceSize& needed,
                        const Workspace& given) {
-  const bool scratch_fits = needed.scratch_bytes == 0 ||
-                            (given.scratch != nullptr && given.scratch_bytes >= needed.scratch_bytes);
-  const bool sync_fits = needed.sync_bytes == 0 ||
-                         (given.sync != nullptr && given.sync_bytes >= needed.sync_bytes);
+  const bool scratch_fits =
+      needed.scratch_bytes == 0 ||
+      (given.scratch != nullptr && given.scratch_bytes >= needed.scratch_bytes);
+  const bool sync_fits =
+      needed.sync_bytes == 0 || (given.sync != nullptr && given.sync_bytes >= needed.sync_bytes);
   if (scratch_fits && sync_fits) return {};
   return make_status(StatusCode::kInvalidArgument,
                      "%s: workspace must hold %lld scratch and %lld sync bytes, got %lld and %lld; "

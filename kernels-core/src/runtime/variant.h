@@ -57,7 +57,7 @@ struct Candidate {
   const char* refusal;  // the variant's own reason, null when it serves the problem
 };
 Status select(const char* operator_name, Device device, const Candidate* candidates, int count,
-              int* chosen);
+              bool log, int* chosen);
 Status check_workspace(const char* operator_name, const WorkspaceSize& needed,
                        const Workspace& given);
 
@@ -69,13 +69,14 @@ struct VariantTable {
   const char* operator_name;
   const Variant<Problem>* variants[kCount];
 
-  Status select(const Problem& problem, const Variant<Problem>** chosen) const {
+  // `log`: FLASH_MLA_LOG=select prints this choice; one of a call's two choices is enough.
+  Status select(const Problem& problem, bool log, const Variant<Problem>** chosen) const {
     detail::Candidate candidates[kCount];
     for (int i = 0; i < kCount; ++i) {
       candidates[i] = {variants[i]->name, variants[i]->row, variants[i]->supports(problem)};
     }
     int index = 0;
-    Status status = detail::select(operator_name, problem.device, candidates, kCount, &index);
+    Status status = detail::select(operator_name, problem.device, candidates, kCount, log, &index);
     if (status.ok()) *chosen = variants[index];
     return status;
   }
@@ -87,7 +88,7 @@ struct VariantTable {
     FLASH_MLA_RETURN_IF_ERROR(Problem::validate(args, &problem));
     if (problem.empty()) return {};
     const Variant<Problem>* variant = nullptr;
-    FLASH_MLA_RETURN_IF_ERROR(select(problem, &variant));
+    FLASH_MLA_RETURN_IF_ERROR(select(problem, /*log=*/true, &variant));
     FLASH_MLA_RETURN_IF_ERROR(
         detail::check_workspace(operator_name, variant->workspace(problem), workspace));
     return variant->launch(problem, workspace, stream);
@@ -101,7 +102,7 @@ struct VariantTable {
     FLASH_MLA_RETURN_IF_ERROR(Problem::validate(args, &problem, Outputs::kAbsent));
     if (problem.empty()) return {};
     const Variant<Problem>* variant = nullptr;
-    FLASH_MLA_RETURN_IF_ERROR(select(problem, &variant));
+    FLASH_MLA_RETURN_IF_ERROR(select(problem, /*log=*/false, &variant));
     *size = variant->workspace(problem);
     return {};
   }

@@ -39,13 +39,9 @@ struct alignas(kVectorBytes) Vector {
   typename Element<kDType>::Bits bits[kSize];
 };
 
-// A part of weight 0 is not read: it may hold anything, NaN included.
-template <DType kDType, class V>
-__device__ __forceinline__ void add_weighted(float weight, const V* part, float (&sum)[V::kSize]) {
-  if (weight == 0.0f) return;
-  const V value = *part;
-#pragma unroll
-  for (int e = 0; e < V::kSize; ++e) sum[e] += weight * Element<kDType>::load(value.bits[e]);
+// weight * part; a part of weight 0 counts as zeros: it may hold anything, NaN included.
+__device__ __forceinline__ float weighted(float weight, float part) {
+  return weight == 0.0f ? 0.0f : weight * part;
 }
 
 // Merges row (n, h) with the lanes of one warp.
@@ -53,28 +49,31 @@ template <DType kDType>
 __device__ __forceinline__ void merge_row(const Params& p, int64_t n, int64_t h, int lane) {
   using Bits = typename Element<kDType>::Bits;
   using V = Vector<kDType>;
-  const MergeWeights weights =
-      merge_weights(p.a.lse[n * p.a.lse_stride_n + h * p.a.lse_stride_h],
-                    p.b.lse[n * p.b.lse_stride_n + h * p.b.lse_stride_h]);
+  const MergeWeights weights = merge_weights(p.a.lse[n * p.a.lse_stride_n + h * p.a.lse_stride_h],
+                                             p.b.lse[n * p.b.lse_stride_n + h * p.b.lse_stride_h]);
   const auto* a = static_cast<const Bits*>(p.a.out) + n * p.a.out_stride_n + h * p.a.out_stride_h;
   const auto* b = static_cast<const Bits*>(p.b.out) + n * p.b.out_stride_n + h * p.b.out_stride_h;
   auto* merged =
       static_cast<Bits*>(p.merged.out) + n * p.merged.out_stride_n + h * p.merged.out_stride_h;
 
+  // The loads of both parts do not wait for the weights.
   const int64_t vectors = p.d / V::kSize;
+#pragma unroll 2
   for (int64_t i = lane; i < vectors; i += kWarpLanes) {
-    float sum[V::kSize] = {};
-    add_weighted<kDType>(weights.a, reinterpret_cast<const V*>(a) + i, sum);
-    add_weighted<kDType>(weights.b, reinterpret_cast<const V*>(b) + i, sum);
+    const V part_a = reinterpret_cast<const V*>(a)[i];
+    const V part_b = reinterpret_cast<const V*>(b)[i];
     V result;
 #pragma unroll
-    for (int e = 0; e < V::kSize; ++e) result.bits[e] = Element<kDType>::store(sum[e]);
+    for (int e = 0; e < V::kSize; ++e) {
+      result.bits[e] =
+          Element<kDType>::store(weighted(weights.a, Element<kDType>::load(part_a.bits[e])) +
+                                 weighted(weights.b, Element<kDType>::load(part_b.bits[e])));
+    }
     reinterpret_cast<V*>(merged)[i] = result;
   }
   for (int64_t c = vectors * V::kSize + lane; c < p.d; c += kWarpLanes) {
-    const float part_a = weights.a == 0.0f ? 0.0f : weights.a * Element<kDType>::load(a[c]);
-    const float part_b = weights.b == 0.0f ? 0.0f : weights.b * Element<kDType>::load(b[c]);
-    merged[c] = Element<kDType>::store(part_a + part_b);
+    merged[c] = Element<kDType>::store(weighted(weights.a, Element<kDType>::load(a[c])) +
+                                       weighted(weights.b, Element<kDType>::load(b[c])));
   }
   if (lane == 0) {
     p.merged.lse[n * p.merged.lse_stride_n + h * p.merged.lse_stride_h] = weights.lse;

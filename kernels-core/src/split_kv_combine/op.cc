@@ -32,12 +32,8 @@ Status Problem::validate(const MergeAttnStatesArgs& caller, Problem* problem) {
     check.vector(lse, lse_name, "[n, h]", {DType::kFloat32});
     check.size(lse, lse_name, 0, p.n, "n, as out_a").size(lse, lse_name, 1, p.h, "h, as out_a");
     check.same_device(lse, lse_name, p.device, "out_a");
-    *result = {out.data,
-               out.stride[0],
-               out.stride[1],
-               static_cast<float*>(lse.data),
-               lse.stride[0],
-               lse.stride[1]};
+    *result = {out.data,      out.stride[0], out.stride[1], static_cast<float*>(lse.data),
+               lse.stride[0], lse.stride[1]};
   };
   state(args.out_a, "out_a", args.lse_a, "lse_a", &p.a);
   state(args.out_b, "out_b", args.lse_b, "lse_b", &p.b);

@@ -1,4 +1,5 @@
-// The CPU's vector forms against their written definitions, for each instruction set of this machine.
+// The CPU's vector forms against their written definitions, for each instruction set of this
+// machine.
 #include "device/cpu/tile.h"
 
 #include <cmath>

@@ -13,7 +13,7 @@ constexpr Device kCpu = {DeviceType::kCpu, 0};
 
 int chosen(const detail::Candidate* candidates, int count, Status* status) {
   int index = -1;
-  *status = detail::select("op", kCpu, candidates, count, &index);
+  *status = detail::select("op", kCpu, candidates, count, /*log=*/false, &index);
   return index;
 }
 

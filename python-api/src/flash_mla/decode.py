@@ -54,7 +54,9 @@ def _metadata_tensors(
         sms = torch.cuda.get_device_properties(cache_seqlens.device).multi_processor_count
         ctas_per_request = num_heads_k * -(-num_q_tokens_per_head_k // _HEADS_PER_CTA)
         rows = max(rows, sms // ctas_per_request)
-    metadata = torch.zeros((rows, _METADATA_COLUMNS), dtype=torch.int32, device=cache_seqlens.device)
+    metadata = torch.zeros(
+        (rows, _METADATA_COLUMNS), dtype=torch.int32, device=cache_seqlens.device
+    )
     # One split each: a valid plan, which the kernels replace by a better one at each launch.
     splits = torch.arange(
         cache_seqlens.shape[0] + 1, dtype=torch.int32, device=cache_seqlens.device
@@ -89,16 +91,16 @@ def get_mla_metadata(
     """
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
-    for name, value in (
-        ("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
-        ("num_heads_k", num_heads_k),
+    if (
+        not num_q_tokens_per_head_k
+        or not num_heads_k
+        or min(num_q_tokens_per_head_k, num_heads_k) < 1
     ):
-        if value is None or value < 1:
-            raise ValueError(
-                f"get_mla_metadata: {name} must be at least 1, got {value}; pass the counts with "
-                "cache_seqlens, or call it without arguments"
-            )
-    assert num_q_tokens_per_head_k is not None and num_heads_k is not None
+        raise ValueError(
+            "get_mla_metadata: num_q_tokens_per_head_k and num_heads_k must be at least 1, got "
+            f"{num_q_tokens_per_head_k} and {num_heads_k}; pass both counts with cache_seqlens, or "
+            "call it without arguments"
+        )
     return _metadata_tensors(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
 
 
@@ -154,7 +156,8 @@ def flash_mla_with_kvcache(
 
     Args:
         q: [b, s_q, h_q, d_qk], d_qk 576 or 512. bfloat16; float16 with a float16 cache;
-            float8_e4m3fn with an fp8 cache. Strides are free but for the last, rows 16-byte aligned.
+            float8_e4m3fn with an fp8 cache. Strides are free but for the last; rows are 16-byte
+            aligned.
         k_cache: [num_pages, page_size, h_kv, d_qk], or [num_pages, page_size, 1, bytes_per_token]
             for packed formats. Its dtype and last dimension tell the format (`kv_format`).
         block_table: int32 [b, max_pages], the pages of each request; entries past its last page
@@ -171,8 +174,8 @@ def flash_mla_with_kvcache(
             outside the cache is skipped.
         attn_sink: float32 [h_q], sparse only: out is multiplied by
             exp(lse) / (exp(lse) + exp(sink)); lse leaves it out.
-        extra_k_cache, extra_indices_in_kvcache: a second cache and its indices [b, s_q, extra_topk],
-            attended in the same softmax. Sparse only.
+        extra_k_cache, extra_indices_in_kvcache: a second cache and its indices
+            [b, s_q, extra_topk], attended in the same softmax. Sparse only.
         topk_length, extra_topk_length: int32 [b], only the leftmost entries of the indices count.
         descale_q, descale_k: float32 [1] or [b], dense only: the values of q and of the cache are
             their elements times this; None is 1.
@@ -188,7 +191,9 @@ def flash_mla_with_kvcache(
         NotImplementedError: no kernel of this build serves the call on this device.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    refuse_grad("flash_mla_with_kvcache", q, k_cache, extra_k_cache, attn_sink, descale_q, descale_k)
+    refuse_grad(
+        "flash_mla_with_kvcache", q, k_cache, extra_k_cache, attn_sink, descale_q, descale_k
+    )
     if is_fp8_kvcache and k_cache.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             "flash_mla_with_kvcache: is_fp8_kvcache must be False with this k_cache, got True and "
@@ -232,8 +237,8 @@ def flash_mla_with_kvcache(
         if block_table is None or cache_seqlens is None:
             name = "block_table" if block_table is None else "cache_seqlens"
             raise ValueError(
-                f"flash_mla_with_kvcache: {name} must be an int32 tensor without indices, got None; "
-                "pass it, or pass indices for sparse attention"
+                f"flash_mla_with_kvcache: {name} must be an int32 tensor without indices, got "
+                "None; pass it, or pass indices for sparse attention"
             )
         args = (q, k_cache, block_table, cache_seqlens, descale_q, descale_k, head_dim_v)
         args += (softmax_scale, causal, batch_invariant)

@@ -22,7 +22,8 @@ class KvFormat:
     """The layout of a cache format, from the native library's definition (kv_format.h).
 
     d_qk, d_nope, bytes_per_token and scale_tile are 0 where the format does not fix them: plain
-    formats hold d_qk values of the cache's dtype. A page's bytes are a multiple of page_align_bytes.
+    formats hold d_qk values of the cache's dtype. A page's bytes are a multiple of
+    page_align_bytes.
     """
 
     name: str
@@ -54,7 +55,7 @@ def kv_format(format: str | Tensor) -> KvFormat:
     if name not in _formats():
         raise ValueError(
             f"kv_format: format must be one of {', '.join(_formats())}, got {name!r}; "
-            "kv_format(cache) tells the format of a cache"
+            "use one of them, or pass a cache"
         )
     return _formats()[name]
 
@@ -87,7 +88,7 @@ def kv_cache_empty(
     if num_heads_k != 1:
         raise ValueError(
             f"kv_cache_empty: num_heads_k must be 1 in format {format}, got {num_heads_k}; "
-            "MLA shares one latent among all query heads"
+            "leave it out: MLA shares one latent among all query heads"
         )
     token_bytes = layout.bytes_per_token
     page_bytes = -(-page_size * token_bytes // layout.page_align_bytes) * layout.page_align_bytes
@@ -143,9 +144,7 @@ def kv_cache_pack(kv: Tensor, format: str, *, scale: Tensor | None = None) -> Te
             f"got {list(kv.shape)}; reshape it"
         )
     pages, page_size, heads, d_qk = kv.shape
-    cache = kv_cache_empty(
-        format, pages, page_size, num_heads_k=heads, d_qk=d_qk, device=kv.device
-    )
+    cache = kv_cache_empty(format, pages, page_size, num_heads_k=heads, d_qk=d_qk, device=kv.device)
     slots = torch.arange(pages * page_size, device=kv.device)
     # A reshape that cannot be a view copies: packing is not a hot path, kv_cache_append is.
     kv_cache_append(kv.reshape(-1, heads, d_qk), cache, slots, format, scale=scale)
@@ -179,7 +178,5 @@ def kv_cache_unpack(
     pages, page_size, heads, width = cache.shape
     d_qk = layout.d_qk or width
     slots = torch.arange(pages * page_size, device=cache.device)
-    kv: Tensor = call(
-        ops.kv_cache_gather.default, cache, slots, layout.name, scale, d_qk, dtype
-    )
+    kv: Tensor = call(ops.kv_cache_gather.default, cache, slots, layout.name, scale, d_qk, dtype)
     return kv.view(pages, page_size, heads, d_qk)

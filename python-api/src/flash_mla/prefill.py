@@ -89,13 +89,13 @@ def flash_attn_varlen_func(
     """
     if dropout_p != 0.0:
         raise ValueError(
-            f"flash_attn_varlen_func: dropout_p must be 0, got {dropout_p}; dropout of attention "
-            "weights is not offered"
+            f"flash_attn_varlen_func: dropout_p must be 0, got {dropout_p}; pass 0: dropout "
+            "of attention weights is not offered"
         )
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    args = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale)
-    args += (causal,)
+    lengths = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
+    args = (q, k, v, *lengths, softmax_scale, causal)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = call(ops.mha_prefill_dense_train.default, *args, deterministic)
     else:
@@ -145,7 +145,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` of q and one tensor [t_k, h_kv, head_dim_qk + d_v]: k and v columns."""
+    """`flash_attn_varlen_func` of q and one tensor [t_k, h_kv, head_dim_qk + d_v]: k, v columns."""
     return flash_attn_varlen_func(
         q,
         kv[..., :head_dim_qk],
@@ -170,11 +170,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The core wants rows with a contiguous last dimension; autograd hands expanded gradients over.
-    if d_out.stride(-1) != 1:
-        d_out = d_out.contiguous()
+    # Autograd may hand over an expanded gradient (of out.sum(), say): rows that are not contiguous.
     d_q, d_k, d_v = call(
-        ops.mha_prefill_dense_backward.default, d_out, *ctx.saved_tensors, *ctx.settings
+        ops.mha_prefill_dense_backward.default,
+        d_out.contiguous(),
+        *ctx.saved_tensors,
+        *ctx.settings,
     )
     return d_q, d_k, d_v, *(None for _ in range(2 + len(ctx.settings)))
 

@@ -66,9 +66,12 @@ INLINE Vec4 sum4(Vec4 a, Vec4 b, Vec4 c, Vec4 d) {
 }
 
 INLINE Vec4 sum4(Vec8 a, Vec8 b, Vec8 c, Vec8 d) {
-  const Vec8 ab = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  const Vec8 cd = SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
-  const Vec8 pairs = SHUFFLE(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLE(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
+  const Vec8 ab =
+      SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  const Vec8 cd =
+      SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+  const Vec8 pairs =
+      SHUFFLE(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLE(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
   return SHUFFLE(pairs, pairs, 0, 2, 4, 6) + SHUFFLE(pairs, pairs, 1, 3, 5, 7);
 }
 
@@ -83,8 +86,8 @@ INLINE float sum(Vec value) { return sum4(value, value, value, value)[0]; }
 
 // Not inlined, as accumulate_panel: on their own, GCC keeps all of the tile in registers.
 template <int kM, int kN>
-[[gnu::noinline]] void dot_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int d, float* s,
-                     int64_t lds) {
+[[gnu::noinline]] void dot_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int d,
+                                float* s, int64_t lds) {
   Vec sums[kM][kN] = {};
   for (int c = 0; c < d; c += kWidth) {
     Vec column[kN];
@@ -123,8 +126,8 @@ void dot_rows(const float* a, int64_t lda, int m, const float* b, int64_t ldb, i
 }
 
 template <int kM>
-[[gnu::noinline]] void accumulate_panel(const float* p, int64_t ldp, Span span, const float* v, int64_t ldv,
-                             int d, float* o, int64_t ldo) {
+[[gnu::noinline]] void accumulate_panel(const float* p, int64_t ldp, Span span, const float* v,
+                                        int64_t ldv, int d, float* o, int64_t ldo) {
   if (span.begin >= span.end) return;
   for (int c = 0; c < d; c += kWidth * kCols) {
     Vec sum[kM][kCols];
@@ -285,7 +288,7 @@ void store_fp16(const float* source, int n, float factor, void* target) {
     const IntVec magnitude = bits & 0x7fffffff;
     const IntVec normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
     const IntVec tiny = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
-    IntVec half = magnitude < 0x38800000 ? tiny : normal;  // 2^-14
+    IntVec half = magnitude < 0x38800000 ? tiny : normal;       // 2^-14
     half = magnitude >= 0x477ff000 ? IntVec{} + 0x7c00 : half;  // 65520 and above: infinity
     half = magnitude > 0x7f800000 ? IntVec{} + 0x7e00 : half;   // NaN
     store(to + j, __builtin_convertvector(half | ((bits >> 16) & 0x8000), HalfVec));
@@ -299,8 +302,17 @@ void store_fp16(const float* source, int n, float factor, void* target) {
 
 extern const Ops kOps;
 constinit const Ops kOps = {
-    STRING(FLASH_MLA_ISA), dot_rows,  accumulate, row_max,    exp2_row,   scale_row,
-    load_bf16,             load_fp16, load_e4m3,  store_bf16, store_fp16,
+    STRING(FLASH_MLA_ISA),
+    dot_rows,
+    accumulate,
+    row_max,
+    exp2_row,
+    scale_row,
+    load_bf16,
+    load_fp16,
+    load_e4m3,
+    store_bf16,
+    store_fp16,
 };
 
 }  // namespace flash_mla::cpu::FLASH_MLA_ISA

@@ -6,12 +6,14 @@
 //
 // with S = Q K^T, P = exp(scale S - lse), dP = dO V^T, dS = P (dP - delta); then dV = P^T dO,
 // dK = scale dS^T Q, dQ = scale dS K. The last two passes both compute P and dS: for that, each
-// gradient has one owner, which adds in a fixed order, and the result never depends on the threads.
+// gradient has one owner, which adds in a fixed order, and the result never depends on the threads:
+// `deterministic` asks for nothing more.
 #include <algorithm>
 
 #include "device/cpu/attend.h"
 #include "device/cpu/tile.h"
 #include "device/cpu/token.h"
+#include "device/mask.h"
 #include "mha_prefill_dense/backward/problem.h"
 #include "mha_prefill_dense/query_rows.h"
 #include "runtime/threads.h"

@@ -9,12 +9,6 @@ using mha_prefill_dense::TokenRows;
 
 inline constexpr char kOperator[] = "mha_prefill_dense_backward";
 
-// The inverse of visible_keys(): of `num_queries`, the first one that attends `key`.
-FLASH_MLA_HD constexpr int64_t first_query(int64_t num_keys, int64_t num_queries, int64_t key,
-                                           bool causal) {
-  return causal ? max_of(0, key - (num_keys - num_queries)) : 0;
-}
-
 // Plain data, passed to kernels by value. The forward's out and lse are read; the gradients are not
 // called d_q, d_k, d_v here, where d_v is the width of v.
 struct Params : mha_prefill_dense::Params {
