@@ -1,6 +1,7 @@
 // The validated problem of mla_decode_dense, and the parameters its kernels take.
 #pragma once
 
+#include "device/decode_io.h"
 #include "device/paged_kv.h"
 #include "flash_mla/mla_decode_dense.h"
 #include "runtime/check.h"
@@ -10,28 +11,17 @@ namespace flash_mla::mla_decode_dense {
 inline constexpr char kOperator[] = "mla_decode_dense";
 
 // Plain data, passed to kernels by value. Strides are in elements of their tensor.
-struct Params {
-  int64_t b;          // requests
-  int64_t s_q;        // query tokens of each request
-  int64_t h_q;        // query heads
-  int64_t max_pages;  // columns of block_table
-  PagedKv kv;         // h_kv key heads, each shared by h_q / h_kv query heads
+struct Params : DecodeIo {
+  PagedKv kv;  // h_kv key heads, each shared by h_q / h_kv query heads
 
-  DType q_dtype;
-  DType out_dtype;
-  const void* q;  // [b, s_q, h_q, d_qk]
-  int64_t q_stride_b, q_stride_s, q_stride_h;
   const int32_t* block_table;  // [b, max_pages]
+  int64_t max_pages;
   int64_t block_table_stride_b, block_table_stride_p;
   const int32_t* cache_seqlens;  // [b]
   int64_t cache_seqlens_stride;
   const float* descale_q;  // null: 1
   const float* descale_k;
   int64_t descale_q_stride, descale_k_stride;  // 0: one value for all requests
-  void* out;                                   // [b, s_q, h_q, 512]
-  int64_t out_stride_b, out_stride_s, out_stride_h;
-  float* lse;  // [b, h_q, s_q]
-  int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
   float softmax_scale;
   bool causal;

@@ -4,6 +4,7 @@
 #include "mla_decode_sparse/variants.h"
 #include "runtime/args.h"
 #include "runtime/check.h"
+#include "runtime/decode_io.h"
 #include "runtime/kv_view.h"
 
 namespace flash_mla {
@@ -57,22 +58,10 @@ Status Problem::validate(const MlaDecodeSparseArgs& caller, Problem* problem, Ou
   Check check(kOperator);
   Problem p = {};
 
-  check.tensor(args.q, "q", "[b, s_q, h_q, d_qk]", 4, {DType::kBFloat16});
-  check.aligned_rows(args.q, "q");
+  parse_decode_query(check, args.q, {DType::kBFloat16}, &p);
   if (!check.ok()) return check.status();
   p.device = args.q.device;
-  p.b = args.q.shape[0];
-  p.s_q = args.q.shape[1];
-  p.h_q = args.q.shape[2];
-  p.d_qk = static_cast<int32_t>(args.q.shape[3]);
-  p.dtype = args.q.dtype;
-  p.q = args.q.data;
-  p.q_stride_b = args.q.stride[0];
-  p.q_stride_s = args.q.stride[1];
-  p.q_stride_h = args.q.stride[2];
-  check.require(p.d_qk == kLatentDim || p.d_qk == kLatentDim + kRopeDim, "q",
-                "have a last dimension (d_qk) of 576 or 512", std::to_string(p.d_qk),
-                "pass 512 latent columns, then 64 RoPE columns or none");
+  p.out_dtype = p.q_dtype;
 
   check_token_set(check, p, args.kv_cache, "kv_cache", args.indices, "indices", args.topk_length,
                   "topk_length", &p.main);
@@ -103,30 +92,10 @@ Status Problem::validate(const MlaDecodeSparseArgs& caller, Problem* problem, Ou
     p.attn_sink = static_cast<const float*>(args.attn_sink.data);
     p.attn_sink_stride = args.attn_sink.stride[0];
   }
-  check.require(args.head_dim_v == kLatentDim, "head_dim_v", "be 512",
-                std::to_string(args.head_dim_v), "pass 512: V is the first 512 columns of K");
   p.softmax_scale = args.softmax_scale;
   p.batch_invariant = args.batch_invariant;
 
-  if (outputs == Outputs::kRequired) {
-    check.tensor(args.out, "out", "[b, s_q, h_q, d_v]", 4, {p.dtype});
-    check.size(args.out, "out", 0, p.b, "b").size(args.out, "out", 1, p.s_q, "s_q");
-    check.size(args.out, "out", 2, p.h_q, "h_q").size(args.out, "out", 3, kLatentDim, "head_dim_v");
-    check.aligned_rows(args.out, "out").no_overlap(args.out, "out");
-    check.same_device(args.out, "out", p.device, "q");
-    p.out = args.out.data;
-    p.out_stride_b = args.out.stride[0];
-    p.out_stride_s = args.out.stride[1];
-    p.out_stride_h = args.out.stride[2];
-    check.vector(args.lse, "lse", "[b, h_q, s_q]", {DType::kFloat32});
-    check.size(args.lse, "lse", 0, p.b, "b").size(args.lse, "lse", 1, p.h_q, "h_q");
-    check.size(args.lse, "lse", 2, p.s_q, "s_q").no_overlap(args.lse, "lse");
-    check.same_device(args.lse, "lse", p.device, "q");
-    p.lse = static_cast<float*>(args.lse.data);
-    p.lse_stride_b = args.lse.stride[0];
-    p.lse_stride_h = args.lse.stride[1];
-    p.lse_stride_s = args.lse.stride[2];
-  }
+  parse_decode_results(check, args.out, args.lse, args.head_dim_v, p.device, outputs, &p);
   if (check.ok()) *problem = p;
   return check.status();
 }

@@ -72,8 +72,8 @@ Status select(const char* operator_name, Device device, const Candidate* candida
     }
   }
   if (log) {
-    log_line("%s -> %s (%s)", operator_name, found < 0 ? "none" : candidates[found].name,
-             refusals.c_str());
+    log_line("%s -> %s%s%s", operator_name, found < 0 ? "none" : candidates[found].name,
+             refusals.empty() ? "" : "; ", refusals.c_str());
   }
   if (found < 0) {
     return make_status(StatusCode::kUnsupported,
