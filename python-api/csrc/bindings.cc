@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "flash_mla/flash_mla.h"
+#include "introspect.h"
 #include "tensors.h"
 
 namespace flash_mla_torch {
@@ -228,19 +229,6 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
   return {out, lse};
 }
 
-flash_mla::KvFormat format_of(const char* operator_name, const std::string& name) {
-  std::string known;
-  for (int32_t i = 0; i < flash_mla::kNumKvFormats; ++i) {
-    flash_mla::KvFormatInfo info;
-    throw_if_error(flash_mla::kv_format_info(static_cast<flash_mla::KvFormat>(i), &info));
-    if (name == info.name) return static_cast<flash_mla::KvFormat>(i);
-    known += std::string(i ? ", " : "") + info.name;
-  }
-  throw std::invalid_argument(std::string(operator_name) + ": format must be one of " + known +
-                              ", got '" + name +
-                              "'; use one of them, or leave it out: the cache tells");
-}
-
 void kv_cache_append_(const Tensor& kv, Tensor& cache, const Tensor& slot_mapping,
                       std::string format, const OptionalTensor& scale) {
   flash_mla::KvCacheAppendArgs args;
@@ -279,47 +267,6 @@ Tensor kv_cache_gather(const Tensor& cache, const Tensor& slot_mapping, std::str
   Tensor kv = empty({size_or_zero(slot_mapping, 0), size_or_zero(cache, 2), d_qk}, kv_dtype, cache);
   kv_cache_gather_out(cache, slot_mapping, format, scale, kv);
   return kv;
-}
-
-std::string kv_cache_format(const Tensor& cache) {
-  flash_mla::KvFormat format;
-  flash_mla::KvFormatInfo info;
-  throw_if_error(flash_mla::kv_format_of(view(cache), &format));
-  throw_if_error(flash_mla::kv_format_info(format, &info));
-  return info.name;
-}
-
-// Lines "key=value" that config.py reads: what this build is and holds.
-std::vector<std::string> build_info() {
-  std::vector<std::string> lines = {
-      std::string("version=") + flash_mla::version(),
-      std::string("cuda_architectures=") + flash_mla::cuda_architectures(),
-      std::string("cpu_isa=") + flash_mla::cpu_isa(),
-  };
-  for (int32_t i = 0; i < flash_mla::kNumKvFormats; ++i) {
-    flash_mla::KvFormatInfo info;
-    throw_if_error(flash_mla::kv_format_info(static_cast<flash_mla::KvFormat>(i), &info));
-    lines.push_back(std::string("kv_format=") + info.name + "," + std::to_string(info.d_qk) + "," +
-                    std::to_string(info.d_nope) + "," + std::to_string(info.bytes_per_token) + "," +
-                    std::to_string(info.scale_tile) + "," + std::to_string(info.page_align_bytes));
-  }
-  return lines;
-}
-
-// Lines "operator,variant,row,reason" for a device; an empty reason means that the row runs there.
-std::vector<std::string> variants(bool cuda, int64_t index) {
-  const flash_mla::Device device = {
-      cuda ? flash_mla::DeviceType::kCuda : flash_mla::DeviceType::kCpu,
-      static_cast<int32_t>(index)};
-  std::vector<std::string> lines;
-  for (int32_t i = 0; i < flash_mla::num_variants(); ++i) {
-    flash_mla::VariantInfo info;
-    throw_if_error(flash_mla::variant_info(i, &info));
-    const flash_mla::Status status = flash_mla::variant_runs_on(i, device);
-    lines.push_back(std::string(info.operator_name) + "," + info.name + "," + info.row + "," +
-                    status.message);
-  }
-  return lines;
 }
 
 }  // namespace
