@@ -122,7 +122,7 @@ class Dev:
         self.folder = ROOT / f".nox/dev-{version}"
         self.python = self.folder / "bin/python"
         if not self.python.exists():
-            session.run(sys.executable, "-m", "venv", str(self.folder), external=True)
+            session.run(sys.executable, "-m", "virtualenv", str(self.folder), external=True)
 
         path = [str(self.folder / "bin"), os.environ["PATH"]]
         requirements = [[*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)]]

@@ -7,8 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 import flash_mla
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 DECODE = """
 import torch, flash_mla
@@ -78,3 +84,13 @@ def test_import_needs_no_gpu() -> None:
     result = run_python("-c", "import flash_mla", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+@pytest.mark.skipif(not README.exists(), reason="the tests run without the repository")
+def test_the_readmes_example_runs() -> None:
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code.group(1), names)
+    assert names["out"].shape == (2, 1, 16, 512)
+    assert names["out"].isfinite().all()
