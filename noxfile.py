@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH = os.environ.get("FLASH_MLA_TORCH") or "torch==2.13.0"
 OLDEST_TORCH = "2.10"
 PYTHON_API = nox.project.load_toml(ROOT / "python-api/pyproject.toml")
-BUILD_TOOLS = ["scikit-build-core>=1.0", "cmake>=3.25", "ninja>=1.11"]
+BUILD_TOOLS = ["scikit-build-core>=1.0", "cmake>=3.26", "ninja>=1.11"]
 TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
 LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
 DEMO_REQUIREMENTS = ROOT / "python-api/examples/requirements.txt"

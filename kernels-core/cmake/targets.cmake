@@ -34,7 +34,7 @@ foreach(row IN LISTS flash_mla_rows)
     target_compile_options(
       flash_mla_${row} PRIVATE
       $<$<COMPILE_LANGUAGE:CUDA>:${flash_mla_row_${row}_flags} --expt-relaxed-constexpr
-      --resource-usage -lineinfo>)
+      --resource-usage $<$<BOOL:${FLASH_MLA_LINEINFO}>:-lineinfo>>)
     list(APPEND flash_mla_object_libraries flash_mla_${row})
   endif()
 endforeach()
