@@ -46,21 +46,17 @@ class FlashMLASchedMeta:
 
 
 def _metadata_tensors(
-    cache_seqlens: Tensor, num_q_tokens_per_head_k: int, num_heads_k: int
+    b: int, num_q_tokens_per_head_k: int, num_heads_k: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Tensors of the shapes that engines allocate for: the first does not depend on the batch."""
     rows = _MIN_METADATA_ROWS
-    if cache_seqlens.is_cuda:
-        sms = torch.cuda.get_device_properties(cache_seqlens.device).multi_processor_count
+    if device.type == "cuda":
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
         ctas_per_request = num_heads_k * -(-num_q_tokens_per_head_k // _HEADS_PER_CTA)
         rows = max(rows, sms // ctas_per_request)
-    metadata = torch.zeros(
-        (rows, _METADATA_COLUMNS), dtype=torch.int32, device=cache_seqlens.device
-    )
+    metadata = torch.zeros((rows, _METADATA_COLUMNS), dtype=torch.int32, device=device)
     # One split each: a valid plan, which the kernels replace by a better one at each launch.
-    splits = torch.arange(
-        cache_seqlens.shape[0] + 1, dtype=torch.int32, device=cache_seqlens.device
-    )
+    splits = torch.arange(b + 1, dtype=torch.int32, device=device)
     return metadata, splits
 
 
@@ -101,19 +97,20 @@ def get_mla_metadata(
             f"{num_q_tokens_per_head_k} and {num_heads_k}; pass both counts with cache_seqlens, or "
             "call it without arguments"
         )
-    return _metadata_tensors(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    return _metadata_tensors(
+        cache_seqlens.shape[0], num_q_tokens_per_head_k, num_heads_k, cache_seqlens.device
+    )
 
 
 def _initialize(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, q: Tensor) -> None:
-    if meta.tile_scheduler_metadata is None or meta.num_splits is None:
-        lengths = torch.empty(config.b, dtype=torch.int32, device=q.device)
-        metadata, splits = _metadata_tensors(
-            lengths, config.s_q * config.h_q // max(config.h_k, 1) or 1, max(config.h_k, 1)
-        )
-        meta.tile_scheduler_metadata = (
-            metadata if meta.tile_scheduler_metadata is None else meta.tile_scheduler_metadata
-        )
-        meta.num_splits = splits if meta.num_splits is None else meta.num_splits
+    """Fills what the caller has not assigned, at the first call."""
+    heads_k = max(config.h_k, 1)
+    q_tokens = max(config.s_q * config.h_q // heads_k, 1)
+    metadata, splits = _metadata_tensors(config.b, q_tokens, heads_k, q.device)
+    if meta.tile_scheduler_metadata is None:
+        meta.tile_scheduler_metadata = metadata
+    if meta.num_splits is None:
+        meta.num_splits = splits
     meta.config = config
     meta.have_initialized = True
 
