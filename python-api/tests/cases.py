@@ -186,7 +186,8 @@ def dense_decode(
     if descale_q is not None:
         q = q / descale_q[0]
     out_dtype = torch.float16 if kv_format == "fp16" else torch.bfloat16
-    q = q.to(torch.float8_e4m3fn if fp8_q else out_dtype)
+    # Older releases of torch turn what is beyond the largest e4m3 value into NaN.
+    q = q.clamp(-448, 448).to(torch.float8_e4m3fn) if fp8_q else q.to(out_dtype)
     gap = PAGE_GAP_BYTES if layout == "strided" else 0
     cache = kv_cache_bytes.encode(kv, kv_format, scales=scales, extra_page_bytes=gap)
     seqlens = torch.tensor(lengths, dtype=torch.int32)
