@@ -8,7 +8,7 @@ inline namespace v0 {
 
 // out = (exp(lse_a) out_a + exp(lse_b) out_b) / (exp(lse_a) + exp(lse_b)),
 // lse = ln(exp(lse_a) + exp(lse_b)).
-// A part whose lse is +inf or -inf is empty: its out is not read. All empty: out 0, lse +inf.
+// A part whose lse is +inf or -inf is empty: its out may hold anything. All empty: out 0, lse +inf.
 struct MergeAttnStatesArgs {
   uint32_t struct_size = sizeof(MergeAttnStatesArgs);
 

@@ -56,11 +56,8 @@ float descale(const float* scales, int64_t stride, int64_t request) {
 
 void write_result(const Params& p, int64_t request, int64_t head, int64_t i, const float* out,
                   float lse) {
-  auto* bytes = static_cast<uint8_t*>(p.out);
-  const int64_t at = request * p.out_stride_b + i * p.out_stride_s + head * p.out_stride_h;
-  cpu::store_row(p.out_dtype, out, kLatentDim, descale(p.descale_k, p.descale_k_stride, request),
-                 bytes + at * 2);
-  p.lse[request * p.lse_stride_b + head * p.lse_stride_h + i * p.lse_stride_s] = lse;
+  const float factor = descale(p.descale_k, p.descale_k_stride, request);
+  cpu::store_result(p, request, i, head, out, factor, lse);
 }
 
 void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int64_t split,
@@ -72,7 +69,6 @@ void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int
   const int64_t first_row = tile * kTileRows;
   const int count = static_cast<int>(std::min<int64_t>(kTileRows, rows.per_head - first_row));
   const int d_qk = p.kv.d_qk;
-  const int64_t q_bytes = p.q_dtype == DType::kFloat8E4M3 ? 1 : 2;
 
   cpu::QueryTile queries(count, d_qk, kLatentDim, p.softmax_scale);
   queries.set_logit_factor(descale(p.descale_q, p.descale_q_stride, request) *
@@ -81,8 +77,7 @@ void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int
   for (int r = 0; r < count; ++r) {
     const int64_t i = (first_row + r) / rows.group;
     const int64_t head = kv_head * rows.group + (first_row + r) % rows.group;
-    const int64_t at = request * p.q_stride_b + i * p.q_stride_s + head * p.q_stride_h;
-    cpu::load_row(p.q_dtype, static_cast<const uint8_t*>(p.q) + at * q_bytes, d_qk, queries.q(r));
+    cpu::load_query(p, request, i, head, queries.q(r));
     visible_limit[r] =
         visible_keys(p.cache_seqlens[request * p.cache_seqlens_stride], p.s_q, i, p.causal);
   }

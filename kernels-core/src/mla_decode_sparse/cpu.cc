@@ -43,10 +43,7 @@ void write_result(const Params& p, int64_t request, int64_t i, int64_t head, con
                   float lse) {
   const float factor =
       p.attn_sink == nullptr ? 1.0f : sink_factor(lse, p.attn_sink[head * p.attn_sink_stride]);
-  auto* bytes = static_cast<uint8_t*>(p.out);
-  const int64_t at = request * p.out_stride_b + i * p.out_stride_s + head * p.out_stride_h;
-  cpu::store_row(p.out_dtype, out, kLatentDim, factor, bytes + at * 2);
-  p.lse[request * p.lse_stride_b + head * p.lse_stride_h + i * p.lse_stride_s] = lse;
+  cpu::store_result(p, request, i, head, out, factor, lse);
 }
 
 void attend(const Params& p, int64_t query, int64_t tile, int64_t split, const SplitPlan& plan,
@@ -61,8 +58,7 @@ void attend(const Params& p, int64_t query, int64_t tile, int64_t split, const S
 
   cpu::QueryTile queries(count, p.d_qk, kLatentDim, p.softmax_scale);
   for (int r = 0; r < count; ++r) {
-    const int64_t at = request * p.q_stride_b + i * p.q_stride_s + (first_head + r) * p.q_stride_h;
-    cpu::load_row(p.q_dtype, static_cast<const uint8_t*>(p.q) + at * 2, p.d_qk, queries.q(r));
+    cpu::load_query(p, request, i, first_head + r, queries.q(r));
   }
 
   const cpu::FloatBuffer k(int64_t{kBlockKeys} * p.d_qk);

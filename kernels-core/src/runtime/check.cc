@@ -1,6 +1,7 @@
 #include "runtime/check.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "runtime/status.h"
 
@@ -27,11 +28,13 @@ const char* dtype_name(DType dtype) {
 
 int64_t dtype_bytes(DType dtype) {
   switch (dtype) {
-    case DType::kInt64: return 8;
+    case DType::kInt64:
+    case DType::kFloat64: return 8;
     case DType::kFloat32:
     case DType::kInt32: return 4;
     case DType::kBFloat16:
-    case DType::kFloat16: return 2;
+    case DType::kFloat16:
+    case DType::kInt16: return 2;
     default: return 1;
   }
 }
@@ -72,8 +75,9 @@ Check& Check::require(bool condition, const char* argument, const std::string& r
 Check& Check::vector(const TensorView& tensor, const char* argument, const char* dims,
                      std::initializer_list<DType> dtypes) {
   if (!ok()) return *this;
-  const int32_t rank =
-      1 + static_cast<int32_t>(std::count(dims, dims + std::string(dims).size(), ','));
+  const int32_t rank = 1 + static_cast<int32_t>(std::count(dims, dims + std::strlen(dims), ','));
+  const bool known_dtype = std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end();
+  if (tensor.defined() && tensor.rank == rank && known_dtype) return *this;
   require(tensor.defined(), argument, std::string("be a tensor ") + dims, "none",
           "pass it: it is not optional");
   if (!ok()) return *this;
@@ -82,9 +86,8 @@ Check& Check::vector(const TensorView& tensor, const char* argument, const char*
   std::string names;
   for (DType dtype : dtypes)
     names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-  require(std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end(), argument,
-          "have dtype " + names, dtype_name(tensor.dtype), "convert it");
-  return *this;
+  return require(known_dtype, argument, "have dtype " + names, dtype_name(tensor.dtype),
+                 "convert it");
 }
 
 Check& Check::tensor(const TensorView& tensor, const char* argument, const char* dims, int rank,
@@ -92,17 +95,17 @@ Check& Check::tensor(const TensorView& tensor, const char* argument, const char*
   vector(tensor, argument, dims, dtypes);
   if (!ok()) return *this;
   const int32_t last = rank - 1;
-  return require(tensor.stride[last] == 1 || tensor.shape[last] <= 1, argument,
-                 "have a contiguous last dimension",
+  if (tensor.stride[last] == 1 || tensor.shape[last] <= 1) return *this;
+  return require(false, argument, "have a contiguous last dimension",
                  "stride " + std::to_string(tensor.stride[last]),
                  "all other strides are free; make the last one 1");
 }
 
 Check& Check::size(const TensorView& tensor, const char* argument, int dim, int64_t expected,
                    const char* meaning) {
-  if (!ok()) return *this;
+  if (!ok() || tensor.shape[dim] == expected) return *this;
   return require(
-      tensor.shape[dim] == expected, argument,
+      false, argument,
       "have " + std::to_string(expected) + " (" + meaning + ") in dimension " + std::to_string(dim),
       "shape " + shape_string(tensor), "pass tensors that belong to one call");
 }
@@ -112,7 +115,8 @@ Check& Check::same_device(const TensorView& tensor, const char* argument, Device
   if (!ok() || !tensor.defined()) return *this;
   const bool same = tensor.device.type == device.type &&
                     (device.type == DeviceType::kCpu || tensor.device.index == device.index);
-  return require(same, argument,
+  if (same) return *this;
+  return require(false, argument,
                  "be on the device of " + std::string(as_argument) + ", " + device_string(device),
                  device_string(tensor.device), "move it there");
 }
@@ -124,7 +128,8 @@ Check& Check::aligned_rows(const TensorView& tensor, const char* argument) {
   for (int32_t i = 0; i + 1 < tensor.rank; ++i) {
     aligned &= tensor.shape[i] <= 1 || tensor.stride[i] * bytes % 16 == 0;
   }
-  return require(aligned, argument, "have 16-byte aligned rows",
+  if (aligned) return *this;
+  return require(false, argument, "have 16-byte aligned rows",
                  "strides " + int_list(tensor.stride, tensor.rank) + " of " +
                      std::to_string(bytes) + "-byte elements",
                  "allocate it aligned, or slice it on multiples of 16 bytes");
@@ -144,8 +149,9 @@ Check& Check::no_overlap(const TensorView& tensor, const char* argument) {
     }
     distinct &= tensor.stride[i] > reach;
   }
+  if (distinct) return *this;
   return require(
-      distinct, argument, "have elements that do not overlap",
+      false, argument, "have elements that do not overlap",
       "strides " + int_list(tensor.stride, tensor.rank) + " for shape " + shape_string(tensor),
       "do not pass an expanded tensor as an output");
 }

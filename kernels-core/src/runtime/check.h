@@ -1,5 +1,6 @@
 // Checks of arguments. The first one that fails is kept, the later ones do nothing, so a validate
-// function reads as the list of the operator's rules.
+// function reads as the list of the operator's rules. A check that passes builds no text: it is on
+// the path of every call.
 #pragma once
 
 #include <cstdint>

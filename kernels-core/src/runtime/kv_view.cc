@@ -77,11 +77,13 @@ constexpr char kCacheDims[] = "[num_pages, page_size, h_kv, d_qk or bytes_per_to
 void parse_kv_cache(Check& check, const TensorView& cache, const char* argument, PagedKv* kv) {
   check.tensor(cache, argument, kCacheDims, 4, kCacheDtypes);
   if (!check.ok()) return;
-  std::string known;
   for (int32_t i = 0; i < kNumKvFormats; ++i) {
     const KvFormat format = static_cast<KvFormat>(i);
     if (holds(cache, format)) return fill(check, cache, argument, format, kv);
-    known += (i ? ", " : "") + describe(format);
+  }
+  std::string known;
+  for (int32_t i = 0; i < kNumKvFormats; ++i) {
+    known += (i ? ", " : "") + describe(static_cast<KvFormat>(i));
   }
   check.require(false, argument, "have the dtype and last dimension of a cache format: " + known,
                 std::string(dtype_name(cache.dtype)) + ", " + std::to_string(cache.shape[3]),

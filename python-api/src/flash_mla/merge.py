@@ -15,8 +15,8 @@ def merge_attn_states(
 
     Args:
         out_a, out_b: [n, h, d], bfloat16, float16 or float32.
-        lse_a, lse_b: float32 [n, h], natural log. +inf or -inf: an empty part, whose out is not
-            read.
+        lse_a, lse_b: float32 [n, h], natural log. +inf or -inf: an empty part, whose out may
+            hold anything.
 
     Returns:
         out [n, h, d], lse [n, h]. Both parts empty: out 0, lse +inf.

@@ -71,4 +71,17 @@ void load_token(const PagedKv& kv, int64_t page, int64_t offset, int32_t head, f
   }
 }
 
+void load_query(const DecodeIo& io, int64_t request, int64_t i, int64_t head, float* target) {
+  const int64_t element_bytes = io.q_dtype == DType::kFloat8E4M3 ? 1 : 2;
+  const int64_t at = request * io.q_stride_b + i * io.q_stride_s + head * io.q_stride_h;
+  load_row(io.q_dtype, static_cast<const uint8_t*>(io.q) + at * element_bytes, io.d_qk, target);
+}
+
+void store_result(const DecodeIo& io, int64_t request, int64_t i, int64_t head, const float* out,
+                  float factor, float lse) {
+  const int64_t at = request * io.out_stride_b + i * io.out_stride_s + head * io.out_stride_h;
+  store_row(io.out_dtype, out, kLatentDim, factor, static_cast<uint16_t*>(io.out) + at);
+  io.lse[request * io.lse_stride_b + head * io.lse_stride_h + i * io.lse_stride_s] = lse;
+}
+
 }  // namespace flash_mla::cpu
