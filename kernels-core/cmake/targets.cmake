@@ -35,6 +35,9 @@ foreach(row IN LISTS flash_mla_rows)
       flash_mla_${row} PRIVATE
       $<$<COMPILE_LANGUAGE:CUDA>:${flash_mla_row_${row}_flags} --expt-relaxed-constexpr
       --resource-usage $<$<BOOL:${FLASH_MLA_LINEINFO}>:-lineinfo>>)
+    if(flash_mla_cutlass_${row})
+      target_include_directories(flash_mla_${row} SYSTEM PRIVATE ${CUTLASS_INCLUDE_DIR})
+    endif()
     list(APPEND flash_mla_object_libraries flash_mla_${row})
   endif()
 endforeach()

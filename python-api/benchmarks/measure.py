@@ -7,13 +7,16 @@ it has a warm L2 and no launch cost of the host.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import platform
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-GRAPH_CALLS = 20
+# Calls in a graph, within these bounds as many as fill GRAPH_US: launching it must not show.
+GRAPH_CALLS = (20, 100)
+GRAPH_US = 2000.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,33 +69,59 @@ def _elapsed_us(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def time_cuda(call: Callable[[], Any]) -> float:
+def time_cuda(call: Callable[[], Any], *, warmup_ms: int = 25, rep_ms: int = 100) -> float:
     """Median microseconds of a call that starts with a flushed L2."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, return_mode="median")) * 1e3
+    return float(do_bench(call, warmup=warmup_ms, rep=rep_ms, return_mode="median")) * 1e3
 
 
-def time_cuda_graph(call: Callable[[], Any], *, replays: int = 20) -> float:
-    """Median microseconds of a call inside a replayed graph of GRAPH_CALLS calls."""
+def time_cuda_graph(call: Callable[[], Any], *, budget_ms: float = 100.0) -> tuple[float, Any]:
+    """Median microseconds of a call inside a replayed graph of at least 20, and what the last of
+    them returned at the last replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # outside the capture: the first call may load modules
+        call_us = _events_us(lambda: [call() for _ in range(5)]) / 5
     torch.cuda.current_stream().wait_stream(stream)
+    fewest, most = GRAPH_CALLS
+    calls = min(max(int(GRAPH_US / call_us), fewest), most)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            call()
-    graph.replay()
+        for _ in range(calls):
+            result = call()
+    graph_us = _events_us(graph.replay)
+    replays = min(max(int(budget_ms * 1e3 / graph_us), 5), 50)
+    # Each measured replay follows another one, which hides the time that the host takes to launch.
+    samples = [_events_us(graph.replay, lead_in=graph.replay) for _ in range(replays)]
+    return statistics.median(samples) / calls, result
+
+
+def _events_us(work: Callable[[], Any], lead_in: Callable[[], Any] | None = None) -> float:
+    """Microseconds of the current stream's time between the events around `work`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if lead_in is not None:
+        lead_in()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def time_cuda_host(call: Callable[[], Any], *, calls: int = 1000, rounds: int = 5) -> float:
+    """Mean microseconds that the host takes to enqueue a call, the median of some rounds. The call
+    must take the GPU less time than the host, or the stream's queue fills up and is timed too."""
     samples = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / GRAPH_CALLS)
+    for _ in range(rounds):
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) * 1e6 / calls)
+        torch.cuda.synchronize()
     return statistics.median(samples)
 
 
@@ -120,6 +151,10 @@ class Ceilings:
         self._read_gbps.append(self._vector.nbytes / read_us * 1e-3)
         self._gemm_tflops.append(2 * self._a.shape[0] ** 3 / gemm_us * 1e-6)
 
+    @property
+    def samples(self) -> int:
+        return len(self._read_gbps)
+
     def medians(self) -> dict[str, float]:
         return {
             "read_gbps": round(statistics.median(self._read_gbps), 1),
@@ -127,9 +162,59 @@ class Ceilings:
         }
 
 
+class SmClock:
+    """The current GPU's SM clock as NVML, the driver's own library, tells it."""
+
+    _SM = 1  # NVML_CLOCK_SM
+
+    def __init__(self) -> None:
+        self._nvml: ctypes.CDLL | None = None
+        self._device = ctypes.c_void_p()
+        uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+        try:
+            nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError:
+            return  # no NVML here: no clocks
+        failed = nvml.nvmlInit_v2()
+        failed = failed or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(self._device))
+        if not failed:
+            self._nvml = nvml
+
+    def mhz(self) -> float | None:
+        clock = ctypes.c_uint()
+        if self._nvml is None:
+            return None
+        failed = self._nvml.nvmlDeviceGetClockInfo(self._device, self._SM, ctypes.byref(clock))
+        return None if failed else float(clock.value)
+
+    @contextmanager
+    def sampled(self, every_s: float = 0.01) -> Iterator[Callable[[], float | None]]:
+        """Yields what tells, afterwards, the median clock of the time inside the `with` block."""
+        samples: list[float] = []
+        done = threading.Event()
+
+        def sample() -> None:
+            while not done.wait(every_s):
+                if (mhz := self.mhz()) is not None:
+                    samples.append(mhz)
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield lambda: statistics.median(samples) if samples else None
+        finally:
+            done.set()
+            thread.join()
+
+
 # --------------------------------------------------------------------------------------------------
 # Facts
 # --------------------------------------------------------------------------------------------------
+
+
+def results_folder() -> str:
+    """The current GPU's folder of results: "h200" of an "NVIDIA H200"."""
+    return torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "_")
 
 
 def machine_facts(device: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ void run(Args& args, flash_mla::Status (*workspace_size)(const Args&, flash_mla:
   const flash_mla::Stream stream = prepare_call(on);
   flash_mla::WorkspaceSize size;
   throw_if_error(workspace_size(args, &size));
-  const CallWorkspace workspace(size, on);
+  const CallWorkspace workspace(size, on, stream);
   args.workspace = workspace.get();
   throw_if_error(op(args, stream));
 }

@@ -3,9 +3,13 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "flash_mla/cuda_stream.h"
 #include "flash_mla/introspect.h"
 
 // Absent from a CPU build of torch, where nothing calls it.
@@ -55,10 +59,15 @@ int32_t torch_dtype(DType dtype) {
   throw std::runtime_error("flash_mla: no torch dtype for a core dtype");
 }
 
-bool is_cuda(const Tensor& tensor) {
+int32_t device_type(const Tensor& tensor) {
   int32_t type = 0;
   check(aoti_torch_get_device_type(tensor.get(), &type), "device type");
-  return type == aoti_torch_device_type_cuda();
+  return type;
+}
+
+bool is_cuda(const Tensor& tensor) {
+  static const int32_t kCuda = aoti_torch_device_type_cuda();
+  return device_type(tensor) == kCuda;
 }
 
 int32_t device_index(const Tensor& tensor) {
@@ -69,11 +78,9 @@ int32_t device_index(const Tensor& tensor) {
 
 Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                 int32_t dtype, const Tensor& like) {
-  int32_t device_type = 0;
-  check(aoti_torch_get_device_type(like.get(), &device_type), "device type");
   AtenTensorHandle handle = nullptr;
   check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                 dtype, device_type, device_index(like), &handle),
+                                 dtype, device_type(like), device_index(like), &handle),
         "flash_mla: an output or the workspace could not be allocated");
   return Tensor(handle);
 }
@@ -84,6 +91,50 @@ Tensor allocate(const std::vector<int64_t>& sizes, int32_t dtype, const Tensor& 
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   }
   return allocate(sizes, strides, dtype, like);
+}
+
+// The most that the core asks for: a block of this size serves every later call.
+constexpr int64_t kSyncBlockBytes = 64 * 1024;
+
+struct SyncBlock {
+  std::optional<Tensor> tensor;
+  int64_t bytes = 0;
+  uint64_t capture = 0;
+};
+
+// The sync block of the stream, which is the current one of `like`'s device: inside a capture that
+// capture's own, else the stream's.
+SyncBlock sync_block(int64_t bytes, const Tensor& like, flash_mla::Stream stream) {
+  struct StreamBlocks {
+    SyncBlock eager;
+    // Of the latest capture only: memory of earlier ones stays in the pools of their graphs, where
+    // it is theirs during a replay like any other intermediate result.
+    SyncBlock captured;
+  };
+  static std::mutex mutex;
+  // Never destroyed: at exit torch may be gone before this library.
+  static auto& streams = *new std::map<std::pair<int32_t, flash_mla::Stream>, StreamBlocks>;
+
+  uint64_t capture = 0;
+  throw_if_error(flash_mla::stream_capture_id(stream, &capture));
+  const std::lock_guard lock(mutex);
+  StreamBlocks& blocks = streams[{device_index(like), stream}];
+  SyncBlock& block = capture != 0 ? blocks.captured : blocks.eager;
+  if (block.capture != capture || block.bytes < bytes) {
+    const int64_t new_bytes = std::max(bytes, kSyncBlockBytes);
+    Tensor zeros = empty({new_bytes}, DType::kUInt8, like);
+    // A capture has this node once, before the first of its launches: between two of them it would
+    // break the programmatic edge by which they overlap.
+    check(aoti_torch_zero_(zeros.get()), "flash_mla: the sync block could not be zeroed");
+    block = {std::move(zeros), new_bytes, capture};
+  }
+  return block;
+}
+
+void* data_ptr(const Tensor& tensor) {
+  void* data = nullptr;
+  check(aoti_torch_get_data_ptr(tensor.get(), &data), "data_ptr");
+  return data;
 }
 
 }  // namespace
@@ -98,10 +149,9 @@ TensorView view(const Tensor& tensor) {
   check(aoti_torch_get_sizes(tensor.get(), &sizes), "sizes");
   check(aoti_torch_get_strides(tensor.get(), &strides), "strides");
   check(aoti_torch_get_dtype(tensor.get(), &dtype), "dtype");
-  check(aoti_torch_get_data_ptr(tensor.get(), &view.data), "data_ptr");
+  view.data = data_ptr(tensor);
   view.dtype = core_dtype(dtype);
-  view.device = {is_cuda(tensor) ? flash_mla::DeviceType::kCuda : flash_mla::DeviceType::kCpu,
-                 is_cuda(tensor) ? device_index(tensor) : 0};
+  if (is_cuda(tensor)) view.device = {flash_mla::DeviceType::kCuda, device_index(tensor)};
   // A rank beyond the view's is reported as such: the core refuses it by its rank alone.
   view.rank = static_cast<int32_t>(rank);
   const int64_t kept = std::min<int64_t>(rank, flash_mla::kMaxRank);
@@ -123,8 +173,11 @@ std::vector<int64_t> sizes(const Tensor& tensor) {
 }
 
 int64_t size_or_zero(const Tensor& tensor, int dim) {
-  const std::vector<int64_t> all = sizes(tensor);
-  return dim < static_cast<int>(all.size()) ? all[dim] : 0;
+  int64_t rank = 0;
+  int64_t* sizes = nullptr;
+  check(aoti_torch_get_dim(tensor.get(), &rank), "rank");
+  check(aoti_torch_get_sizes(tensor.get(), &sizes), "sizes");
+  return dim < rank ? sizes[dim] : 0;
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
@@ -167,11 +220,18 @@ flash_mla::Stream prepare_call(const Tensor& tensor) {
   return stream;
 }
 
-CallWorkspace::CallWorkspace(const flash_mla::WorkspaceSize& size, const Tensor& like) {
+CallWorkspace::CallWorkspace(const flash_mla::WorkspaceSize& size, const Tensor& like,
+                             flash_mla::Stream stream) {
   if (size.scratch_bytes > 0) {
     scratch_ = empty({size.scratch_bytes}, DType::kUInt8, like);
-    check(aoti_torch_get_data_ptr(scratch_->get(), &workspace_.scratch), "data_ptr");
+    workspace_.scratch = data_ptr(*scratch_);
     workspace_.scratch_bytes = size.scratch_bytes;
+  }
+  if (size.sync_bytes > 0) {
+    SyncBlock block = sync_block(size.sync_bytes, like, stream);
+    sync_ = std::move(block.tensor);
+    workspace_.sync = data_ptr(*sync_);
+    workspace_.sync_bytes = block.bytes;
   }
 }
 

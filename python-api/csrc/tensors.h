@@ -40,14 +40,19 @@ void throw_if_error(const flash_mla::Status& status);
 // of threads on.
 flash_mla::Stream prepare_call(const Tensor& tensor);
 
-// Workspace for a call on the device of `like`, kept alive by this object.
+// Workspace for a call in a stream, the current one of `like`'s device; kept alive by this object.
+//
+// Scratch is the call's own. Sync blocks are kept: one for each device and stream and, since a
+// replayed graph may overlap with the stream's other launches, one for each capture and stream.
 class CallWorkspace {
  public:
-  CallWorkspace(const flash_mla::WorkspaceSize& size, const Tensor& like);
+  CallWorkspace(const flash_mla::WorkspaceSize& size, const Tensor& like, flash_mla::Stream stream);
   flash_mla::Workspace get() const { return workspace_; }
 
  private:
   std::optional<Tensor> scratch_;
+  // Another thread may replace the kept block while this call is not yet enqueued.
+  std::optional<Tensor> sync_;
   flash_mla::Workspace workspace_;
 };
 

@@ -91,7 +91,7 @@ def swapped(x: Tensor) -> Tensor:
 
 def to_device(cache: Tensor, device: str) -> Tensor:
     """The cache with its own strides: Tensor.to() may close the gaps between pages."""
-    flat = torch.empty(0, dtype=cache.dtype).set_(cache.untyped_storage())
+    flat = torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage())
     return flat.to(device).as_strided(cache.shape, cache.stride(), cache.storage_offset())
 
 

@@ -37,9 +37,12 @@ def apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor | None) -> Tensor:
 
 
 def paged_keys(kv_cache: Tensor, table: list[int], length: int) -> tuple[Tensor, list[int]]:
-    """The keys of one request and their positions; a page outside the pool masks its tokens."""
+    """The keys of one request and their positions; a page outside the pool masks its tokens, and so
+    does the end of the table.
+    """
     pages, page_size = kv_cache.shape[:2]
-    seen = [j for j in range(length) if 0 <= table[j // page_size] < pages]
+    held = range(min(length, len(table) * page_size))
+    seen = [j for j in held if 0 <= table[j // page_size] < pages]
     page = torch.tensor([table[j // page_size] for j in seen], dtype=torch.long)
     offset = torch.tensor([j % page_size for j in seen], dtype=torch.long)
     return kv_cache[page, offset], seen

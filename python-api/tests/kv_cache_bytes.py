@@ -90,39 +90,52 @@ def split_packed(cache: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return data[..., :codes], data[..., codes : codes + scales], data[..., codes + scales :]
 
 
-def tile_scales(cache: Tensor, name: str) -> Tensor:
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """The values of byte codes, on the device where the codes are."""
+    return table.to(codes.device)[codes.long()]
+
+
+def tile_scales(cache: Tensor, name: str, device: torch.device | str = "cpu") -> Tensor:
     """The scales of a packed cache, float64 [P, page, tiles]."""
-    raw = split_packed(cache.cpu(), name)[1]
+    raw = split_packed(cache.to(device), name)[1]
     if name == "v32_fp8":
         return _floats(raw, torch.float32)
-    return (E4M3 if name == "v41_fp4" else UE8M0)[raw.long()]
+    return look_up(E4M3 if name == "v41_fp4" else UE8M0, raw)
 
 
-def decode(cache: Tensor, name: str, scale: float = 1.0) -> Tensor:
-    """What a cache holds, float64 [P, page, h_kv, d_qk]. `scale` is the one of an fp8 cache."""
-    cache = cache.cpu() if cache.device.type != "cpu" else cache
+def decode(
+    cache: Tensor, name: str, scale: float = 1.0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """What a cache holds, float64 [P, page, h_kv, d_qk] on `device`. `scale` is for fp8 caches."""
+    cache = cache.to(device)
     if name == "fp8":
-        return E4M3[as_bytes(cache).long()] * scale
+        return look_up(E4M3, as_bytes(cache)) * scale
     if name in PLAIN:
         return cache.double()
     fmt = PACKED[name]
     codes, _, rope = split_packed(cache, name)
     if name == "v41_fp4":
-        values = E2M1[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).long()]
+        values = look_up(E2M1, torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2))
     else:
-        values = E4M3[codes.long()]
-    values = values * tile_scales(cache, name).repeat_interleave(fmt.tile, dim=-1)
+        values = look_up(E4M3, codes)
+    values = values * tile_scales(cache, name, device).repeat_interleave(fmt.tile, dim=-1)
     if fmt.d_nope < fmt.d_qk:
         values = torch.cat([values, _floats(rope, torch.bfloat16)], dim=-1)
     return values.unsqueeze(2)
 
 
-def empty_packed(name: str, pages: int, page: int, extra_page_bytes: int = 0) -> Tensor:
+def empty_packed(
+    name: str,
+    pages: int,
+    page: int,
+    extra_page_bytes: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """A poisoned uint8 cache [P, page, 1, bytes]; extra_page_bytes lie between the pages."""
     width = PACKED[name].bytes_per_token
     align = V4_PAGE_ALIGN_BYTES if PACKED[name].scales_after_page else 1
     stride = round_up(page * width, align) + extra_page_bytes
-    storage = torch.full((pages * stride,), POISON_BYTE, dtype=torch.uint8)
+    storage = torch.full((pages * stride,), POISON_BYTE, dtype=torch.uint8, device=device)
     return storage.as_strided((pages, page, 1, width), (stride, width, width, 1))
 
 
@@ -145,16 +158,17 @@ def expected_scales(kv: Tensor, name: str) -> Tensor:
 def encode(
     kv: Tensor, name: str, *, scales: str = "power_of_two", extra_page_bytes: int = 0
 ) -> Tensor:
-    """kv [P, page, h_kv, d_qk] as a cache. A token that is NaN becomes POISON_BYTE throughout.
+    """kv [P, page, h_kv, d_qk] as a cache, on kv's device. A token that is NaN becomes POISON_BYTE
+    throughout.
 
     scales: "power_of_two", or "any" for the float32 scales that v32_fp8 also allows.
     """
     if name in PLAIN:
         return kv.to(PLAIN[name])
     fmt = PACKED[name]
-    cache = empty_packed(name, kv.shape[0], kv.shape[1], extra_page_bytes)
+    cache = empty_packed(name, kv.shape[0], kv.shape[1], extra_page_bytes, kv.device)
     poisoned = kv[:, :, 0].isnan().any(-1)
-    kv = torch.where(poisoned[..., None], torch.zeros(()), kv[:, :, 0].float())
+    kv = kv[:, :, 0].float().masked_fill(poisoned[..., None], 0)
 
     scale = expected_scales(kv, name)
     if scales == "any":

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+
+import gpu_programs
 import pytest
 import torch
-from backends import Backend
+from backends import GPU_BACKENDS, Backend, parameters
 from cases import Decode, dense_decode, sparse_decode
-from tolerances import DECODE, assert_lse_close, assert_out_close
+from device_decode import FORMATS, DenseDecode, Format
+from device_decode import dense_decode as dense_on_device
+from tolerances import DECODE, assert_bitwise_equal, assert_lse_close, assert_out_close
 from torch import Tensor
 
-
-@pytest.fixture(autouse=True)
-def _needs_cuda(backend: Backend) -> None:
-    if backend.device != "cuda":
-        pytest.skip(f"{backend.name} has no streams")
+pytestmark = pytest.mark.parametrize(
+    "backend", parameters(GPU_BACKENDS), indirect=True, scope="session"
+)
 
 
 def check(inputs: Decode, out: Tensor, lse: Tensor) -> None:
@@ -99,6 +104,209 @@ def test_two_streams_at_once(backend: Backend, gen: torch.Generator) -> None:
     torch.cuda.synchronize()
     for result in results:
         check(*result)
+
+
+# ---- dense decode, under load ----
+
+by_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+
+
+def check_dense(inputs: DenseDecode, fmt: Format, out: Tensor, lse: Tensor) -> None:
+    assert_out_close(out, inputs.expected_out, fmt.tolerance())
+    assert_lse_close(lse, inputs.expected_lse, fmt.tolerance())
+
+
+def other_contents(
+    case: DenseDecode, gen: torch.Generator, longest: int, how_many: int
+) -> list[DenseDecode]:
+    """The call with other lengths and with pages in other orders, garbage behind the last one."""
+    device = case.inputs["block_table"].device
+    table = case.inputs["block_table"].cpu()
+    b, used = table.shape[0], longest // 64
+    results = []
+    for i in range(how_many):
+        lengths = torch.randint(0, longest + 1, (b,), generator=gen)
+        if i in (1, 2):  # short ones; one of them as long as can be
+            lengths //= 50
+        if i == 2:
+            lengths[int(torch.randint(0, b, (), generator=gen))] = longest
+        if i == 3:
+            lengths.zero_()
+        changed = torch.full_like(table, 2**31 - 1)
+        for n in range(b):
+            pages = -(-int(lengths[n]) // 64)
+            order = torch.randperm(used, generator=gen)[:pages]
+            changed[n, :pages] = table[int(torch.randint(0, b, (), generator=gen)), order]
+        tensors = {"cache_seqlens": lengths.int(), "block_table": changed}
+        results.append(case.changed(**{name: x.to(device) for name, x in tensors.items()}))
+    return results
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@by_format
+def test_ten_thousand_replays_with_changing_lengths_and_tables(
+    backend: Backend, gen: torch.Generator, fmt: Format, batch_invariant: bool
+) -> None:
+    """Each replay must have the bits of the eager call on the same contents."""
+    longest = 20_032
+    case = dense_on_device(
+        gen, backend.device, lengths=[longest] * 6, s_q=2, causal=True, **fmt.build()
+    )
+    contents = other_contents(case, gen, longest, 8)
+    wanted = [x.run(batch_invariant=batch_invariant) for x in contents]
+    for inputs, result in zip(contents, wanted, strict=True):
+        check_dense(inputs, fmt, *result)
+
+    names = ("cache_seqlens", "block_table")
+    fixed = {name: contents[0].inputs[name].clone() for name in names}
+    out, graph = case.poisoned_out(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        _, lse = case.run(**fixed, out=out, batch_invariant=batch_invariant)
+    wrong = torch.zeros(len(contents), dtype=torch.long, device=backend.device)
+    for k in torch.randint(0, len(contents), (1_000 if batch_invariant else 10_000,),
+                           generator=gen).tolist():  # fmt: skip
+        for name in names:
+            fixed[name].copy_(contents[k].inputs[name])
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        wrong[k] += (out.view(torch.int16) != wanted[k][0].view(torch.int16)).any()
+        wrong[k] += (lse.view(torch.int32) != wanted[k][1].view(torch.int32)).any()
+    assert wrong.tolist() == [0] * len(contents), "replays that differ, for each of the contents"
+
+
+@by_format
+def test_several_calls_in_one_graph(backend: Backend, gen: torch.Generator, fmt: Format) -> None:
+    """Layers of a model: nothing lies between one call and the next, and their shapes differ."""
+    cases = [
+        dense_on_device(
+            gen, backend.device, lengths=lengths, s_q=s_q, heads=heads, causal=True, **fmt.build()
+        )
+        for lengths, s_q, heads in (
+            ([9000, 3], 1, (16, 1)), ([64] * 100, 2, (128, 1)), ([0], 1, (16, 1)),
+            ([40_000], 1, (64, 1)), ([700, 0, 1], 3, (20, 1)),
+        )
+    ] * 3  # fmt: skip
+    outs = [case.poisoned_out() for case in cases]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        lses = [
+            case.run(out=out, tile_scheduler_metadata=None)[1]
+            for case, out in zip(cases, outs, strict=True)
+        ]
+    for _ in range(20):
+        for x in (*outs, *lses):
+            x.fill_(torch.nan)
+        graph.replay()
+    for case, out, lse in zip(cases, outs, lses, strict=True):
+        check_dense(case, fmt, out, lse)
+        eager_out, eager_lse = case.run()
+        assert_bitwise_equal(out, eager_out)
+        assert_bitwise_equal(lse, eager_lse)
+
+
+def test_two_graphs_replayed_in_turn_and_eager_calls_between(
+    backend: Backend, gen: torch.Generator
+) -> None:
+    cases = [
+        dense_on_device(gen, backend.device, lengths=lengths, heads=heads)
+        for lengths, heads in (([9000, 0, 70], (16, 1)), ([300] * 64, (128, 1)))
+    ]
+    wanted = [case.run() for case in cases]
+    graphs, results = [], []
+    for case in cases:
+        graph, out = torch.cuda.CUDAGraph(), case.poisoned_out()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            results.append(case.run(out=out))
+        graphs.append(graph)
+    for i in range(200):
+        which = i % 2
+        for x in results[which]:
+            x.fill_(torch.nan)
+        graphs[which].replay()
+        eager = cases[which].run() if i % 3 == 0 else wanted[which]
+        for found in (results[which], eager):
+            for x, y in zip(found, wanted[which], strict=True):
+                assert_bitwise_equal(x, y)
+    for case, result in zip(cases, wanted, strict=True):
+        check_dense(case, FORMATS[0], *result)
+
+
+@by_format
+def test_calls_that_follow_each_other_at_once_do_not_meet(
+    backend: Backend, gen: torch.Generator, fmt: Format
+) -> None:
+    """They reuse each other's workspace, and no other kernel is between them."""
+    cases = [
+        dense_on_device(gen, backend.device, lengths=lengths, heads=(16, 1), **fmt.build())
+        for lengths in ([30_000, 5], [5, 30_000], [100, 100], [64_000, 0])
+    ]
+    wanted = [case.run() for case in cases]
+    outs = [cases[i % 4].poisoned_out() for i in range(400)]
+    torch.cuda.synchronize()
+    lses = [cases[i % 4].run(out=outs[i], tile_scheduler_metadata=None)[1] for i in range(400)]
+    for i in range(400):
+        assert_bitwise_equal(outs[i], wanted[i % 4][0])
+        assert_bitwise_equal(lses[i], wanted[i % 4][1])
+    for case, result in zip(cases, wanted, strict=True):
+        check_dense(case, fmt, *result)
+
+
+PROGRAM_SECONDS = 150  # a few times what one takes; a hang is what it is for
+
+
+@pytest.mark.parametrize("name", sorted(gpu_programs.PROGRAMS))
+def test_in_a_process_of_its_own(backend: Backend, gen: torch.Generator, name: str) -> None:
+    seed = str(int(torch.randint(2**31, (), generator=gen)))
+    try:
+        done = subprocess.run(
+            [sys.executable, gpu_programs.__file__, name, seed],
+            capture_output=True,
+            text=True,
+            timeout=PROGRAM_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"gpu_programs.py {name} {seed} was still running after {PROGRAM_SECONDS} s")
+    assert done.returncode == 0, f"gpu_programs.py {name} {seed}:\n{done.stderr}"
+
+
+@by_format
+def test_each_device_gives_the_same_bits_whichever_is_current(
+    backend: Backend, gen: torch.Generator, fmt: Format
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    here = dense_on_device(gen, "cuda:0", lengths=[20_000, 3, 0], s_q=2, causal=True, **fmt.build())
+    there = replace(
+        here,
+        inputs={name: x.to("cuda:1") for name, x in here.inputs.items()},
+        expected_out=here.expected_out.to("cuda:1"),
+        expected_lse=here.expected_lse.to("cuda:1"),
+    )
+    results = []
+    for current in (0, 1, 0):
+        for case in (here, there, here):
+            with torch.cuda.device(current):
+                out, lse = case.run()
+                assert torch.cuda.current_device() == current
+            assert out.device == lse.device == case.inputs["q"].device
+            check_dense(case, fmt, out, lse)
+            results.append((out.to("cuda:0"), lse.to("cuda:0")))
+    with torch.cuda.device(1):
+        out, graph = there.poisoned_out(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            _, lse = there.run(out=out)
+        graph.replay()
+        torch.cuda.synchronize()
+    check_dense(there, fmt, out, lse)
+    results.append((out.to("cuda:0"), lse.to("cuda:0")))
+    for result in results[1:]:
+        for x, y in zip(result, results[0], strict=True):
+            assert_bitwise_equal(x, y)
 
 
 def test_a_device_that_is_not_the_current_one(backend: Backend, gen: torch.Generator) -> None:

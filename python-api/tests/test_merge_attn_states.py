@@ -129,3 +129,15 @@ def test_no_rows_give_empty_results(backend: Backend, gen: torch.Generator) -> N
     out, lse = flash_mla.merge_attn_states(*parts(gen, backend, 0, 5, 512, torch.bfloat16))
     assert out.shape == (0, 5, 512)
     assert lse.shape == (0, 5)
+
+
+def test_more_rows_than_a_grid_has_in_y(backend: Backend, gen: torch.Generator) -> None:
+    """70,000: beyond 65,535. Most weights are near one half, so a mixed-up row shows."""
+    out_a, lse_a, out_b, lse_b = parts(gen, backend, 70_000, 3, 16, torch.float32)
+    out, lse = flash_mla.merge_attn_states(out_a, lse_a, out_b, lse_b)
+    both = torch.stack([lse_a, lse_b]).double()
+    weights = both.softmax(0)[..., None]
+    expected = weights[0] * out_a + weights[1] * out_b
+    # The same bounds as in `check`; values are below 1, |lse| is below 32.
+    assert (out - expected).abs().amax() <= 2.0**-20
+    assert (lse - both.logsumexp(0)).abs().amax() <= 2.0**-20 * 33

@@ -14,8 +14,11 @@ from torch import Tensor
 
 import flash_mla
 
-HEADS = [(1, 1), (3, 1), (9, 1), (16, 2), (63, 1), (9, 3), (64, 8), (8, 8), (126, 3), (128, 1)]
-PAGE_SIZES = [1, 2, 4, 16, 32, 64, 128, 192, 256, 320]
+HEADS = [
+    (1, 1), (3, 1), (9, 1), (16, 2), (20, 1), (48, 1), (63, 1), (9, 3), (64, 8), (8, 8), (126, 3),
+    (128, 1), (128, 4), (129, 1),
+]  # fmt: skip
+PAGE_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 512]
 
 
 def lengths_for(kind: str, page_size: int) -> list[int]:
@@ -34,7 +37,7 @@ MATRIX = pairwise(
     d_qk=[576, 512],
     heads=HEADS,
     page_size=PAGE_SIZES,
-    s_q=[1, 2, 5],
+    s_q=[1, 2, 5, 16],
     lengths=["none", "one", "below_page", "page", "over_page", "mixed"],
     causal=[False, True],
     softmax_scale=[None, 0.07],
@@ -122,6 +125,32 @@ def test_a_request_whose_pages_are_all_outside_the_pool_has_no_keys(
     assert_out_close(out, inputs.expected_out, DECODE)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("columns", [0, 1, 3])
+def test_keys_past_the_last_column_of_the_table_are_masked(
+    backend: Backend, gen: torch.Generator, columns: int, causal: bool
+) -> None:
+    """A causal query keeps its place: it is counted from the length, not from the table."""
+
+    def edit(table: Tensor, num_pages: int) -> None:
+        table[:, columns:] = -1
+
+    inputs = dense_decode(
+        gen, backend.device, lengths=[200, 49, 0, 1], s_q=5, causal=causal, page_size=16,
+        edit_table=edit,
+    )  # fmt: skip
+    out, lse = inputs.run(block_table=inputs.inputs["block_table"][:, :columns])
+    assert_out_close(out, inputs.expected_out, DECODE)
+    assert_lse_close(lse, inputs.expected_lse, DECODE)
+
+
+def test_a_pool_without_pages_masks_every_key(backend: Backend, gen: torch.Generator) -> None:
+    inputs = dense_decode(gen, backend.device, lengths=[200, 0, 1], s_q=2)
+    out, lse = inputs.run(k_cache=inputs.inputs["k_cache"][:0])
+    assert (out == 0).all()
+    assert (lse == torch.inf).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_unused_cache_never_reaches_a_result(
     backend: Backend, gen: torch.Generator, value: float
@@ -193,6 +222,29 @@ def test_inputs_are_left_as_they_were(backend: Backend, gen: torch.Generator) ->
     inputs.run()
     for name, x in before.items():
         assert_bitwise_equal(inputs.inputs[name], x)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """The same values with a stride of 2 in the last dimension, and poison between them."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), -(2**31)).to(x)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def test_small_tensors_may_have_any_stride(backend: Backend, gen: torch.Generator) -> None:
+    inputs = dense_decode(
+        gen, backend.device, lengths=[200, 200, 200], page_size=16, kv_format="fp8",
+        descales="per_request", fp8_q=True,
+    )  # fmt: skip
+    out, lse = inputs.run()
+    assert_out_close(out, inputs.expected_out, DECODE)
+    names = ("block_table", "cache_seqlens", "descale_q", "descale_k")
+    spread = {name: every_other(inputs.inputs[name]) for name in names}
+    same = {"cache_seqlens": inputs.inputs["cache_seqlens"][:1].expand(3)}
+    for changes in (spread, same):
+        again, again_lse = inputs.run(**changes)
+        assert_bitwise_equal(again, out)
+        assert_bitwise_equal(again_lse, lse)
 
 
 def test_an_empty_batch_gives_empty_results(backend: Backend) -> None:

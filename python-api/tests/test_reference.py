@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
+import device_decode
 import float64_reference
 import kv_cache_bytes
 import pytest
@@ -54,6 +56,51 @@ def test_dense_decode(backend: Backend, gen: torch.Generator, case: dict[str, An
         **inputs.options,
     )
     assert_same(found, inputs)
+
+
+BATCHED = pairwise(
+    lambda case: not case["fmt"].startswith("v32") or (case["h_kv"] == 1 and case["d_qk"] == 576),
+    fmt=[f.name for f in device_decode.ALL_FORMATS],
+    d_qk=[576, 512],
+    h_kv=[1, 3],
+    page_size=[1, 16, 64],
+    lengths=[[0], [1, 40], [130, 0, 64, 2], [7] * 9],
+    s_q=[1, 3],
+    causal=[False, True],
+    softmax_scale=[None, 0.07, 0.0, -0.03],
+    layout=["contiguous", "strided", "transposed"],
+    invalid_pages=[0.0, 0.3],
+)
+
+
+@pytest.mark.parametrize("case", BATCHED, ids=case_id)
+def test_the_answer_to_many_requests_at_once_is_that_of_one_by_one(
+    backend: Backend,
+    gen: torch.Generator,
+    case: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """device_decode.py, by which large cases are judged; here it takes many steps."""
+    monkeypatch.setattr(device_decode, "KEYS_A_STEP", 50)
+    monkeypatch.setattr(device_decode, "STEP_BYTES", 100 * 8 * 576)
+    fmt = next(f for f in device_decode.ALL_FORMATS if f.name == case["fmt"])
+    shapes = {name: x for name, x in case.items() if name not in ("fmt", "h_kv")}
+    heads = (3, case["h_kv"])
+    inputs = device_decode.dense_decode(gen, backend.device, heads=heads, **fmt.build(), **shapes)
+    x = {name: t.cpu() for name, t in inputs.inputs.items()}
+    b = len(case["lengths"])
+    scale = case["softmax_scale"]
+    expected = float64_reference.mla_decode_dense(
+        kv_cache_bytes.decode(x["q"], "fp8" if fmt.fp8_q else "bf16"),
+        kv_cache_bytes.decode(cases.to_device(inputs.inputs["k_cache"], "cpu"), fmt.kv_format),
+        x["block_table"],
+        x["cache_seqlens"],
+        case["d_qk"] ** -0.5 if scale is None else scale,
+        case["causal"],
+        *(x[d].double().expand(b) if d in x else None for d in ("descale_q", "descale_k")),
+    )
+    assert_out_close(inputs.expected_out, expected[0], FLOAT64)
+    assert_lse_close(inputs.expected_lse, expected[1], FLOAT64)
 
 
 def test_dense_decode_masks_pages_outside_the_pool(backend: Backend, gen: torch.Generator) -> None:

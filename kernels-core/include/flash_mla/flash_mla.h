@@ -1,6 +1,7 @@
 // The whole public API.
 #pragma once
 
+#include "flash_mla/cuda_stream.h"
 #include "flash_mla/introspect.h"
 #include "flash_mla/kv_cache.h"
 #include "flash_mla/merge_attn_states.h"

@@ -9,10 +9,10 @@ namespace flash_mla {
 
 // Keys [0, n) are visible to query i of `num_queries`, aligned to the end of `num_keys`:
 // a causal query i attends keys j <= num_keys - num_queries + i.
-FLASH_MLA_HD constexpr int64_t visible_keys(int64_t num_keys, int64_t num_queries, int64_t i,
-                                            bool causal) {
+template <class Int>
+FLASH_MLA_HD constexpr Int visible_keys(Int num_keys, Int num_queries, Int i, bool causal) {
   if (!causal) return num_keys;
-  const int64_t limit = num_keys - num_queries + i + 1;
+  const Int limit = num_keys - num_queries + i + 1;
   return limit < 0 ? 0 : limit;
 }
 

@@ -7,9 +7,21 @@
 
 namespace flash_mla {
 
-FLASH_MLA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FLASH_MLA_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FLASH_MLA_HD constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+// Of two integers, in the wider one's type.
+template <class A, class B>
+FLASH_MLA_HD constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+template <class A, class B>
+FLASH_MLA_HD constexpr auto min_of(A a, B b) {
+  using T = decltype(a + b);
+  return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
+}
+template <class A, class B>
+FLASH_MLA_HD constexpr auto max_of(A a, B b) {
+  using T = decltype(a + b);
+  return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
+}
 
 // Splits begin and end on multiples of this many keys.
 inline constexpr int64_t kSplitAlignKeys = 64;

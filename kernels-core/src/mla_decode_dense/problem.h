@@ -3,10 +3,17 @@
 
 #include "device/decode_io.h"
 #include "device/paged_kv.h"
-#include "flash_mla/mla_decode_dense.h"
 #include "runtime/check.h"
 
-namespace flash_mla::mla_decode_dense {
+namespace flash_mla {
+
+// From flash_mla/mla_decode_dense.h, which this header leaves out: it declares a function named as
+// the namespace below, and what nvcc writes for the host then does not compile.
+inline namespace v0 {
+struct MlaDecodeDenseArgs;
+}
+
+namespace mla_decode_dense {
 
 inline constexpr char kOperator[] = "mla_decode_dense";
 
@@ -39,4 +46,5 @@ class Problem : public Params {
                          Outputs outputs = Outputs::kRequired);
 };
 
-}  // namespace flash_mla::mla_decode_dense
+}  // namespace mla_decode_dense
+}  // namespace flash_mla

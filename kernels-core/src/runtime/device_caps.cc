@@ -5,6 +5,8 @@
 #if FLASH_MLA_WITH_CUDA
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #endif
 
@@ -35,6 +37,12 @@ void query(int index, CachedCaps* cached) {
                                     attribute(cudaDevAttrComputeCapabilityMinor);
   cached->caps.num_sms = attribute(cudaDevAttrMultiProcessorCount);
   cached->caps.smem_per_block_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  // For tests of the kernels of smaller devices: FLASH_MLA_SMEM_LIMIT, in bytes, is what a block
+  // can have at most. Read when a process first uses the device.
+  if (const char* limit = std::getenv("FLASH_MLA_SMEM_LIMIT"); limit != nullptr && *limit != '\0') {
+    cached->caps.smem_per_block_bytes =
+        std::min(cached->caps.smem_per_block_bytes, std::atoi(limit));
+  }
 }
 
 }  // namespace

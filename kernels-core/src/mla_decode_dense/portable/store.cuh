@@ -1,0 +1,47 @@
+// The role of storing: an item's rows, as results or as a part for merging.
+#pragma once
+
+#include <cstdint>
+
+#include "mla_decode_dense/gpu.cuh"
+#include "mla_decode_dense/portable/attend.cuh"
+
+namespace flash_mla::mla_decode_dense::portable {
+
+template <class Cfg>
+__device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& item,
+                                           const Attend<Cfg>& attend) {
+  constexpr DType kOut = Config<Cfg>::kType;
+  const TileRows rows(p, item, /*member=*/0, request_length(p, item.request));
+  const bool whole = item.num_parts == 1;
+  const float factor = whole ? descale(p.descale_k, p.descale_k_stride, item.request) : 1.0f;
+  const int64_t tile = whole ? 0 : partial_tile(p.grid, item, /*member=*/0, item.part);
+  const int c = attend.lane() % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t row = attend.row(r);
+    if (!rows.valid(p, row)) continue;
+    const SoftmaxRow& softmax = attend.softmax[r];
+    if (attend.slab() == 0 && c == 0) {
+      *(whole ? rows.lse(p, row) : p.partials.lse(tile) + row) = softmax.lse();
+    }
+    const float scale = softmax.empty() ? 0.0f : factor / softmax.sum;
+    uint8_t* const out =
+        (whole ? rows.out(p, row) : p.partials.out(tile) + row * PartialTiles::kRowBytes) +
+        2 * attend.slab() * kSlabCols;
+    const auto pair = [&](int t0, int i0, int t1, int i1) {
+      return pack_out<kOut>(attend.o[t0][2 * r + i0] * scale, attend.o[t1][2 * r + i1] * scale);
+    };
+#pragma unroll
+    for (int t = 0; t < kColumnTiles; ++t) {
+      if constexpr (!Config<Cfg>::kE4m3) {
+        *reinterpret_cast<uint32_t*>(out + 2 * (t * 8 + c * 2)) = pair(t, 0, t, 1);
+      } else if (t % 2 == 0) {
+        *reinterpret_cast<uint2*>(out + 2 * (t * 8 + c * 4)) =
+            make_uint2(pair(t, 0, t + 1, 0), pair(t, 1, t + 1, 1));
+      }
+    }
+  }
+}
+
+}  // namespace flash_mla::mla_decode_dense::portable

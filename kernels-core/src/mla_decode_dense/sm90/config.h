@@ -1,0 +1,93 @@
+// Tile sizes, roles and shared memory of the sm90 kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "device/decode_schedule.cuh"
+#include "device/sm90/mbarrier.cuh"
+#include "runtime/variant.h"
+
+namespace flash_mla::mla_decode_dense::sm90 {
+
+using flash_mla::sm90::Barrier;
+
+inline constexpr int kTileRows = 64;  // M of a wgmma
+inline constexpr int kTileKeys = kBlockKeys;
+inline constexpr int kTokenBytes = 128;                     // of a row in a column block
+inline constexpr int kColumnsPerBlock = 64;                 // 128 bytes: the swizzle's span
+inline constexpr int kColumnBlockBytes = kTileKeys * kTokenBytes;  // 64 keys x 64 columns
+static_assert(kTileRows == kTileKeys);  // the column blocks of Q and K are of one size
+
+inline constexpr int kVColumnBlocks = 8;   // 512 columns
+inline constexpr int kHalfBlocks = kVColumnBlocks / 2;  // of V: a consumer warpgroup's share of O
+inline constexpr int kBuffers = 2;         // one for each consumer warpgroup
+
+// A K tile arrives, and is freed, in pieces: four of two column blocks, and the ninth block alone.
+inline constexpr int kPieceBlocks = 2;
+inline constexpr int kRopePiece = kVColumnBlocks / kPieceBlocks;
+inline constexpr int kPieces = kRopePiece + 1;
+
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kWarpgroupWarps = 4;
+inline constexpr int kConsumers = 2;  // warpgroups
+inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
+// Of 65,536 / 128 = 512 registers for one thread of each warpgroup.
+inline constexpr int kConsumerRegisters = 216;
+inline constexpr int kProducerRegisters = 72;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 512);
+
+// A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
+// uniform registers, and each wgmma then costs 5 instructions, not 13.
+template <class T>
+__device__ __forceinline__ T uniform(T value) {
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+// __syncthreads is 0.
+enum HardwareBarrier : int { kItemDone = 1, kStored = 2, kMerging = 3, kTailZeroed = 4 };
+
+// An item, with what load works out for attend.
+struct ItemSlot {
+  WorkItem item;
+  int32_t length;        // cache_seqlens of the request
+  int32_t num_keys;      // of them there is a page for
+  int32_t partial_from;  // tiles from here on may hold keys that some row does not attend
+  float scale_log2;      // logits in units of log2 are q.k times this
+};
+
+template <class Cfg>
+struct alignas(1024) SharedStorage {
+  static constexpr int kColumnBlocks = Cfg::v.d_qk / kColumnsPerBlock;
+
+  uint8_t q[kColumnBlocks * kColumnBlockBytes];
+  uint8_t k[kBuffers][kColumnBlocks * kColumnBlockBytes];
+  // One is enough: P of a tile is written after P V of the one before.
+  uint8_t p[kColumnBlockBytes];
+
+  // load -> attend, and back; phase: the fill of the buffer.
+  Barrier kv_full[kBuffers][kPieces];
+  Barrier kv_empty[kBuffers][kPieces];
+  // attend -> attend: a warpgroup has published P of its tile.
+  Barrier p_full[kConsumers];
+  // load -> attend, and back; phase: the item.
+  Barrier q_full, q_empty;
+
+  // Of the last tile: has some row of a warp a new maximum, which, and the factor of what was summed
+  // before. The warp of the other warpgroup that has the same rows reads it before it writes its own.
+  uint32_t grown[kWarpgroupWarps];
+  float row_factor[kTileRows];
+  float row_max[kTileRows];
+  float row_sum[2][kConsumers][kTileRows];  // [item % 2]
+
+  uint64_t missing_keys[kBuffers];  // bit: the key lies on a page that does not exist
+  ItemSlot items[2];                // [item % 2]
+  PlanStorage plan;
+  WorkItem next_item;    // load's own
+
+  WorkItem split_items[2];  // the parts that this CTA has made
+  int32_t num_split;
+  uint32_t outcome;
+};
+
+}  // namespace flash_mla::mla_decode_dense::sm90

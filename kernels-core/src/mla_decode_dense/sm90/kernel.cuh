@@ -1,0 +1,114 @@
+// Dense MLA decode on Hopper.
+//
+//   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]     for the 64 query rows r of an M tile
+//
+// Tile: 64 query rows x 64 keys x d_qk (576 or 512) of a 16-bit cache. A CTA walks the keys of its
+// items (device/decode_schedule.h) with Q and two K tiles in shared memory and O in registers.
+//
+//   warps  registers  role
+//   0-3    216        attend: Q K^T and softmax of even tiles; columns 0-255 of O
+//   4-7    216        attend: of odd tiles; columns 256-511 of O
+//   8      72         load: the CTA's items, page table, TMA
+//   9-11   72         nothing: registers move by warpgroups
+//
+// Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, and what config.h lists; one CTA a SM.
+//
+//   barrier         arrivals                            phase
+//   q_full          load + bytes of Q                   item
+//   q_empty         8 consumer warps                    item: its last Q K^T is done
+//   kv_full[b][p]   load + bytes of the piece           fill of buffer b
+//   kv_empty[b][p]  4 warps of the piece's last reader  fill of buffer b
+//   p_full[w]       4 warps of warpgroup w              tile of warpgroup w
+//
+// Bottleneck (README.md has the numbers): with 64 rows and more a request, the tensor cores and then
+// power; with fewer, device memory.
+#pragma once
+
+#include "device/sm90/registers.cuh"
+#include "mla_decode_dense/sm90/load.cuh"
+#include "mla_decode_dense/sm90/store.cuh"
+
+namespace flash_mla::mla_decode_dense::sm90 {
+
+template <class Cfg>
+__device__ __forceinline__ void consume(const GpuParams& p, SharedStorage<Cfg>& smem, int wg,
+                                        int32_t member) {
+  Accumulators acc;
+  Attend<Cfg> attend(p, smem, wg, member, acc);
+  uint32_t own = 0, other = 0;
+#pragma unroll 1
+  for (uint32_t index = 0;; ++index) {
+    flash_mla::sm90::wait(smem.q_full, index % 2);
+    if (uniform(smem.items[index % 2].item.request) < 0) break;
+    attend.item(index, own, other);
+    store(p, smem, acc, member, index, wg, attend.row(), attend.lane());
+  }
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(kThreads, 1)
+    kernel(const __grid_constant__ GpuParams p, const __grid_constant__ TensorMaps maps) {
+  extern __shared__ __align__(1024) uint8_t raw_smem[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw_smem);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t team = static_cast<int32_t>(blockIdx.x) / p.grid.team;
+  const int32_t member = static_cast<int32_t>(blockIdx.x) % p.grid.team;
+
+  if (thread == 0) {
+    for (int b = 0; b < kBuffers; ++b) {
+      for (int piece = 0; piece < kPieces; ++piece) {
+        flash_mla::sm90::init(smem.kv_full[b][piece], 1);
+        flash_mla::sm90::init(smem.kv_empty[b][piece], kWarpgroupWarps);
+      }
+    }
+    for (int wg = 0; wg < kConsumers; ++wg) {
+      flash_mla::sm90::init(smem.p_full[wg], kWarpgroupWarps);
+    }
+    flash_mla::sm90::init(smem.q_full, 1);
+    flash_mla::sm90::init(smem.q_empty, kConsumers * kWarpgroupWarps);
+    flash_mla::sm90::fence_barrier_init();
+    smem.num_split = 0;
+  }
+  if (thread == kConsumerThreads) {
+    flash_mla::sm90::prefetch_map(maps.q);
+    flash_mla::sm90::prefetch_map(maps.kv_pair);
+    flash_mla::sm90::prefetch_map(maps.kv_one);
+  }
+  // Rows that no copy writes: what they hold must not look like growing maxima.
+  const int32_t rows = p.grid.tiles.rows();
+  if (rows < kTileRows) {
+    constexpr int kChunks = kTokenBytes / 16;
+    const int32_t chunks = (kTileRows - rows) * kChunks;
+    for (int32_t i = thread; i < SharedStorage<Cfg>::kColumnBlocks * chunks; i += kThreads) {
+      *reinterpret_cast<uint4*>(smem.q + i / chunks * kColumnBlockBytes + rows * kTokenBytes +
+                                i % chunks * 16) = make_uint4(0, 0, 0, 0);
+    }
+    flash_mla::sm90::fence_async_proxy();
+  }
+  flash_mla::sm90::launch_successor();
+  flash_mla::sm90::wait_for_predecessor();
+  // P's place: load is done with the runs before attend writes P.
+  auto& runs = reinterpret_cast<RequestRuns<kThreads>&>(smem.p);
+  static_assert(sizeof(runs) <= sizeof(smem.p));
+  measure_requests(p.grid, RequestBlocks{p}, runs);
+  __syncthreads();
+
+  const int warpgroup = uniform(thread / kWarpgroup);
+  if (warpgroup == kConsumers) {
+    flash_mla::sm90::give_registers<kProducerRegisters>();
+    if (thread < kConsumerThreads + kLanes) load(p, maps, smem, runs, team, member);
+  } else {
+    flash_mla::sm90::take_registers<kConsumerRegisters>();
+    consume(p, smem, warpgroup, member);
+    // The last loads have been read: K's buffers are free for the merge.
+    flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads);
+    constexpr DType kOut =
+        Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
+    merge_split_units<kOut, kConsumers * kWarpgroupWarps>(
+        p, smem.split_items, smem.num_split, member, thread,
+        smem.k, &smem.outcome,
+        [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
+  }
+}
+
+}  // namespace flash_mla::mla_decode_dense::sm90
