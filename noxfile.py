@@ -98,8 +98,14 @@ def format_sources(session: nox.Session) -> None:
 def headers(session: nox.Session) -> None:
     """Compile each header of the core alone."""
     dev = Dev(session)
-    dev.configure("cpu")  # writes headers that others include
-    dev.run("python", "ci/check_headers.py", "-I", "build/cpu/generated")
+    # Writes headers that others include, and with nvcc finds those of CUTLASS.
+    preset = "ci-cuda" if shutil.which("nvcc") else "cpu"
+    dev.configure(preset)
+    folders = ["-I", f"build/{preset}/generated"]
+    for line in (ROOT / f"build/{preset}/CMakeCache.txt").read_text().splitlines():
+        if line.startswith("CUTLASS_INCLUDE_DIR:"):
+            folders += ["-I", line.partition("=")[2]]
+    dev.run("python", "ci/check_headers.py", *folders)
 
 
 @nox.session(venv_backend="none")

@@ -14,8 +14,8 @@ struct PlanStorage {
   DecodeCursor cursor;
 };
 
-// Blocks of the requests, in runs of consecutive ones, one run a thread; up to kThreads requests have
-// a run each. In shared memory until the plan is made.
+// Blocks of the requests, in runs of consecutive ones, one run a thread; up to kThreads requests
+// have a run each. In shared memory until the plan is made.
 template <int kThreads>
 struct RequestRuns {
   int32_t blocks[kThreads];  // of a run, in all
@@ -48,8 +48,8 @@ __device__ __forceinline__ void measure_requests(const DecodeGrid& g, const NumB
 template <int kThreads, class NumBlocks>
 __device__ __forceinline__ void make_plan(const DecodeGrid& g, int32_t team,
                                           const NumBlocks& num_blocks,
-                                          const RequestRuns<kThreads>& runs,
-                                          PlanStorage& storage) {
+                                          const RequestRuns<kThreads>& runs, PlanStorage& storage) {
+  static_assert(kThreads >= kMinPlanThreads);
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
   if (lane == 0) storage.cursor = DecodeCursor{};  // nothing, for a team beyond all work
   if (g.invariant_splits > 0) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void make_plan(const DecodeGrid& g, int32_t team,
     }
     weight *= g.units_per_request;
     int32_t position = weight;
-#pragma unroll
+#pragma unroll 1
     for (int d = 1; d < kLanes; d *= 2) {
       const int32_t other = __shfl_up_sync(kAllLanes, position, d);
       if (lane >= d) position += other;
@@ -131,8 +131,8 @@ __device__ __forceinline__ int32_t dealt_place(int32_t num_teams, int32_t team, 
   return k * num_teams + (k % 2 == 0 ? team : num_teams - 1 - team);
 }
 
-// The team's next item; always the same thread calls it. `list`: num_listed places for parts, and one
-// more whose `part` is how many there are.
+// The team's next item; always the same thread calls it. `list`: num_listed places for parts, and
+// one more whose `part` is how many there are.
 template <class NumBlocks>
 __device__ __forceinline__ WorkItem next_item(const DecodeGrid& g, int32_t team,
                                               PlanStorage& storage, const ListedPart* list,
@@ -153,7 +153,9 @@ __device__ __forceinline__ void list_fixed_parts(const DecodeGrid& g, const NumB
                                                  int32_t (&keys)[kThreads],
                                                  int32_t (&counts)[kThreads], ListedPart* list,
                                                  int32_t num_listed) {
-  const auto count_of = [&](int32_t blocks) { return g.fixed_splits(blocks) * g.units_per_request; };
+  const auto count_of = [&](int32_t blocks) {
+    return g.fixed_splits(blocks) * g.units_per_request;
+  };
   int32_t before = 0;  // places of earlier rounds
 #pragma unroll 1
   for (int32_t base = 0; base < g.num_requests; base += kThreads) {

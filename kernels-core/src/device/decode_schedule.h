@@ -1,6 +1,6 @@
-// How the work of a decode operator is laid over the CTAs of a launch. The shapes fix the grid on the
-// host; the lengths are known on the device alone, so each CTA makes the plan for itself, the same
-// one, at each launch. Pure functions: decode_schedule.cuh runs them on the device.
+// How the work of a decode operator is laid over the CTAs of a launch. The shapes fix the grid on
+// the host; the lengths are known on the device alone, so each CTA makes the plan for itself, the
+// same one, at each launch. Pure functions: decode_schedule.cuh runs them on the device.
 //
 // A unit is one request, one key head and one team's worth of M tiles; its keys are counted in
 // blocks. A team is the CTAs that walk a unit's keys side by side, one M tile each, so that a block
@@ -76,10 +76,10 @@ struct DecodeGrid {
   // since partial results of all CTAs share the bandwidth of L2.
   int32_t split_cost_blocks = 0;
   float part_cost_blocks = 0.0f;
-  int32_t invariant_splits = 0;   // 0: free splits; else at most this many, from the length alone
-  int32_t whole_units = 1;        // units for each team, when none is split
-  int32_t unit_teams = 0;         // teams for each unit, 0 when there are more units
-  bool countable = true;          // sums of blocks times teams stay below 2^32; else none is split
+  int32_t invariant_splits = 0;  // 0: free splits; else at most this many, from the length alone
+  int32_t whole_units = 1;       // units for each team, when none is split
+  int32_t unit_teams = 0;        // teams for each unit, 0 when there are more units
+  bool countable = true;         // sums of blocks times teams stay below 2^32; else none is split
   Divisor by_passes = Divisor::of(1), by_units = Divisor::of(1), by_teams = Divisor::of(1);
 
   FLASH_MLA_HD constexpr int32_t num_ctas() const { return num_teams * team; }
@@ -93,6 +93,8 @@ struct DecodeGrid {
 };
 
 inline constexpr int32_t kMaxTeam = 4;
+// Threads of the smallest CTA that makes a plan: up to so many requests, it has each one's length.
+inline constexpr int32_t kMinPlanThreads = 128;
 
 // `ctas`: how many can be resident at once.
 FLASH_MLA_HD constexpr DecodeGrid decode_grid(int64_t requests, int64_t s_q, int64_t group,
@@ -108,19 +110,22 @@ FLASH_MLA_HD constexpr DecodeGrid decode_grid(int64_t requests, int64_t s_q, int
   // More teams than there are blocks, or units without keys, would find nothing to do.
   const int64_t most = requests * g.units_per_request * (max_blocks + 1);
   g.num_teams = static_cast<int32_t>(max_of(1, min_of(ctas / g.team, most)));
-  g.countable = most * g.num_teams < (int64_t{1} << 32);
+  g.countable = most * max_of(2, g.num_teams) < (int64_t{1} << 32);
   g.whole_units = static_cast<int32_t>(ceil_div(g.num_units(), g.num_teams));
-  g.unit_teams = static_cast<int32_t>(g.num_teams / max_of(1, g.num_units()));
+  if (requests <= kMinPlanThreads) {
+    g.unit_teams = static_cast<int32_t>(g.num_teams / max_of(1, g.num_units()));
+  }
   g.by_passes = Divisor::of(g.passes);
   g.by_units = Divisor::of(g.units_per_request);
   g.by_teams = Divisor::of(g.num_teams);
-  // A block of 64 rows takes 1.4 us. Writing 64 rows of partial results, 64 KB, and reading them back
-  // takes 0.04 us at the L2 bandwidth of a whole H200; fence, counter and latencies about 4 us.
+  // A block of 64 rows takes 1.4 us. Writing 64 rows of partial results, 64 KB, and reading them
+  // back takes 0.04 us at the L2 bandwidth of a whole H200; fence, counter and latencies about 4
+  // us.
   g.split_cost_blocks = 3;
   g.part_cost_blocks = 0.03f * static_cast<float>(g.team * g.tiles.rows()) / 64.0f;
   if (batch_invariant) {
-    g.invariant_splits = static_cast<int32_t>(
-        max_of(1, min_of(kInvariantSplits, ceil_div(max_blocks * kBlockKeys, kInvariantSplitKeys))));
+    g.invariant_splits = static_cast<int32_t>(max_of(
+        1, min_of(kInvariantSplits, ceil_div(max_blocks * kBlockKeys, kInvariantSplitKeys))));
   }
   return g;
 }
@@ -192,8 +197,8 @@ FLASH_MLA_HD DecodePlan choose_plan(const DecodeGrid& g, const WorkTotals& total
       best_cost = cost;
     }
   }
-  const int32_t share = max_of(
-      1, g.by_teams.divide(blocks + units * kItemCostBlocks + g.num_teams - 1));
+  const int32_t share =
+      max_of(1, g.by_teams.divide(blocks + units * kItemCostBlocks + g.num_teams - 1));
   // A team's range can begin and end inside units.
   if (share + 2 * kItemCostBlocks + 2 * g.split_cost_blocks < best_cost) {
     best = {PlanMode::kContiguous, share};

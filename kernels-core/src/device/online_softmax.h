@@ -16,8 +16,8 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A running maximum may stay this far, in units of log2, below the row's true one: exponentials are
-// then up to 2^8, which 16-bit types hold as precisely as those up to 1, and accumulators need not be
-// rescaled for each new maximum.
+// then up to 2^8, which 16-bit types hold as precisely as those up to 1, and accumulators need not
+// be rescaled for each new maximum.
 inline constexpr float kRescaleThresholdLog2 = 8.0f;
 
 // What a row without keys reports: out 0, lse +inf, max_logits -inf.

@@ -2,9 +2,9 @@
 //
 // A part is a tile of partial results in scratch: 16-bit, normalised, with the rows' lse. The CTAs
 // that have a unit's parts meet at a counter; then each of them merges its share of the rows. None
-// waits for another without end: a CTA that has waited long (the others may not be resident yet) says
-// so and leaves its share to whoever arrives last. A merge is the same arithmetic, in the order of
-// the parts, whoever does it.
+// waits for another without end: a CTA that has waited long (the others may not be resident yet)
+// says so and leaves its share to whoever arrives last. A merge is the same arithmetic, in the
+// order of the parts, whoever does it.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -80,11 +80,11 @@ struct PartTiles {
   }
 };
 
-// Where CTAs meet, in the workspace's sync block: one for each CTA, used by the unit whose part 0 the
-// CTA has. All zero between launches.
+// Where CTAs meet, in the workspace's sync block: one for each CTA, used by the unit whose part 0
+// the CTA has. All zero between launches.
 struct Meeting {
-  uint32_t arrived;   // low half: CTAs that have written their part; high half: that gave up waiting
-  uint32_t left;      // CTAs that have seen the outcome
+  uint32_t arrived;  // low half: CTAs that have written their part; high half: that gave up waiting
+  uint32_t left;     // CTAs that have seen the outcome
   uint32_t gave_up[2];  // of this CTA: in the unit of its first, and of its last, item
 };
 
@@ -134,8 +134,8 @@ struct SplitUnit {
   }
 
   // Whether this CTA merges the shares of those that gave up: the first that did not. The last to
-  // arrive never gives up, so there is one. A CTA that gave up just as the last one arrived stays and
-  // may be counted as absent by others: then two CTAs write the same values.
+  // arrive never gives up, so there is one. A CTA that gave up just as the last one arrived stays
+  // and may be counted as absent by others: then two CTAs write the same values.
   __device__ bool heir() const {
     for (int32_t p = 0; p < part; ++p) {
       if (!has_given_up(p)) return false;
@@ -146,8 +146,8 @@ struct SplitUnit {
     return *const_cast<volatile uint32_t*>(&gave_up(p)) != 0;
   }
 
-  // When it has read all that it needs of the meeting. The last one cleans up. Each has what it read
-  // by then, so no order of other accesses is needed.
+  // When it has read all that it needs of the meeting. The last one cleans up. Each has what it
+  // read by then, so no order of other accesses is needed.
   __device__ void leave() const {
     const uint32_t before = DeviceCounter(meeting().left).fetch_add(1, cuda::memory_order_relaxed);
     if (before != static_cast<uint32_t>(num_parts) - 1) return;
@@ -205,11 +205,11 @@ __device__ __forceinline__ void sum_parts(const PartTiles& tiles, uint8_t* const
         const bool used = p < tiles.num_parts && u < count && outs[row] != nullptr;
         weight[k][u] = used ? weights[row * tiles.num_parts + p] : 0.0f;
         packed[k][u] = make_uint4(0, 0, 0, 0);
-        // Weight 0: an empty part, or one too small to count, or none, and nothing that was written.
+        // Weight 0: an empty part, or one too small to count, or none, and nothing that was
+        // written.
         if (weight[k][u] != 0.0f) {
-          packed[k][u] = __ldcg(reinterpret_cast<const uint4*>(
-                                    tiles.out(p) + (first + u) * (kSliceCols * 2)) +
-                                lane);
+          packed[k][u] = __ldcg(
+              reinterpret_cast<const uint4*>(tiles.out(p) + (first + u) * (kSliceCols * 2)) + lane);
         }
       }
     }
@@ -227,10 +227,10 @@ __device__ __forceinline__ void sum_parts(const PartTiles& tiles, uint8_t* const
 }
 
 // Merges share `share` of `num_shares` of a tile's rows, counted in slices of kSliceCols columns.
-// out_row(row) gives where a row's result goes, null for a row that there is not; store(out, column,
-// float4[2]) takes eight merged columns, store_lse(row, lse) a row's lse. Called by `kWarps` warps of
-// which this is number `warp`; barrier() synchronises them. num_shares is num_parts, or a constant of
-// 8 or more.
+// out_row(row) gives where a row's result goes, null for a row that there is not; store(out,
+// column, float4[2]) takes eight merged columns, store_lse(row, lse) a row's lse. Called by
+// `kWarps` warps of which this is number `warp`; barrier() synchronises them. num_shares is
+// num_parts, or a constant of 8 or more.
 template <DType kType, int kWarps, class OutRow, class Store, class StoreLse, class Barrier>
 __device__ __forceinline__ void merge_share(const PartTiles& tiles, int32_t share,
                                             int32_t num_shares, int warp, void* smem,
@@ -290,8 +290,8 @@ __device__ __forceinline__ void merge_share(const PartTiles& tiles, int32_t shar
   }
   barrier();
 
-  // A warp sums four slices at a time: over all parts if they are few, else over every eighth or so,
-  // and such warps meet in shared memory.
+  // A warp sums four slices at a time: over all parts if they are few, else over every eighth or
+  // so, and such warps meet in shared memory.
   int32_t part_warps = 1;
   while (part_warps < kWarps && part_warps * 4 < num_parts) part_warps *= 2;
   const int32_t helper = warp % part_warps;

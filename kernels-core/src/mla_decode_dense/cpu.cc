@@ -78,8 +78,8 @@ void attend(const Params& p, int64_t request, int32_t kv_head, int64_t tile, int
     const int64_t i = (first_row + r) / rows.group;
     const int64_t head = kv_head * rows.group + (first_row + r) % rows.group;
     cpu::load_query(p, request, i, head, queries.q(r));
-    visible_limit[r] =
-        visible_keys<int64_t>(p.cache_seqlens[request * p.cache_seqlens_stride], p.s_q, i, p.causal);
+    visible_limit[r] = visible_keys<int64_t>(p.cache_seqlens[request * p.cache_seqlens_stride],
+                                             p.s_q, i, p.causal);
   }
 
   // Tokens of pages that do not exist are left out of the block, so a row sees a prefix of it.

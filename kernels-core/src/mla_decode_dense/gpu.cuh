@@ -85,6 +85,10 @@ struct TileRows {
   __device__ int64_t head(const GpuParams& p, int32_t row) const {
     return int64_t{kv_head} * group + head_in_group(p, row);
   }
+  // Query tokens that the tile has rows of.
+  __device__ int32_t num_tokens(const GpuParams& p) const {
+    return min(p.grid.tiles.tokens_per_tile, static_cast<int32_t>(p.s_q) - first_token);
+  }
   // Keys [0, n) that a row attends; rows that are not valid attend none.
   __device__ int32_t visible(const GpuParams& p, int32_t row) const {
     if (!valid(p, row)) return 0;
@@ -126,14 +130,14 @@ __device__ __forceinline__ SplitUnit split_unit(const GpuParams& p, const WorkIt
 // Merges a share of a split item's rows into the outputs, by `kWarps` warps.
 template <DType kOut, int kWarps, class Barrier>
 __device__ __forceinline__ void merge_item_share(const GpuParams& p, const WorkItem& item,
-                                                 int32_t member, int32_t share,
-                                                 int32_t num_shares, int warp, void* smem,
-                                                 const Barrier& barrier) {
+                                                 int32_t member, int32_t share, int32_t num_shares,
+                                                 int warp, void* smem, const Barrier& barrier) {
   const TileRows rows(p, item, member, request_length(p, item.request));
   const float factor = descale(p.descale_k, p.descale_k_stride, item.request);
   merge_share<kOut, kWarps>(
-      PartTiles(p.partials, p.grid, item, member), share, num_shares, warp, smem, [&](int32_t row) { return rows.valid(p, row) ? rows.out(p, row) : nullptr; },
-      [&](uint8_t* out, int32_t column, const float4 (&v)[2]) {
+      PartTiles(p.partials, p.grid, item, member), share, num_shares, warp, smem,
+      [&](int32_t row) { return rows.valid(p, row) ? rows.out(p, row) : nullptr; },
+      [&](uint8_t* out, int32_t column, const float4(&v)[2]) {
         *reinterpret_cast<uint4*>(out + 2 * column) =
             make_uint4(pack_out<kOut>(v[0].x * factor, v[0].y * factor),
                        pack_out<kOut>(v[0].z * factor, v[0].w * factor),
@@ -165,9 +169,9 @@ __global__ void __launch_bounds__(kMergeWarps* kLanes) merge_fixed_splits_kernel
   const int64_t unit = blockIdx.x / p.grid.team;
   const int32_t request = static_cast<int32_t>(unit / p.grid.units_per_request);
   if constexpr (kProgrammatic) flash_mla::sm90::wait_for_predecessor();
-  const WorkItem item = fixed_item(p.grid, request,
-                                   static_cast<int32_t>(unit % p.grid.units_per_request), 0,
-                                   RequestBlocks{p}(request));
+  const WorkItem item =
+      fixed_item(p.grid, request, static_cast<int32_t>(unit % p.grid.units_per_request), 0,
+                 RequestBlocks{p}(request));
   if (item.num_parts == 1) return;  // its only part went straight to the outputs
   merge_item_share<kOut, kMergeWarps>(p, item, blockIdx.x % p.grid.team, blockIdx.y, kMergeShares,
                                       threadIdx.x / kLanes, smem, [] { __syncthreads(); });
@@ -231,8 +235,7 @@ inline int64_t list_bytes(const DecodeGrid& g) {
 
 // Scratch holds the partial tiles, then the list.
 inline WorkspaceSize gpu_workspace(const DecodeGrid& g) {
-  return {num_partial_tiles(g) * PartialTiles::tile_bytes(g.tiles.rows()) +
-              list_bytes(g),
+  return {num_partial_tiles(g) * PartialTiles::tile_bytes(g.tiles.rows()) + list_bytes(g),
           g.invariant_splits == 0 ? g.num_ctas() * int64_t{sizeof(Meeting)} : 0};
 }
 
@@ -266,7 +269,8 @@ Status launch_merge_fixed_splits(const GpuParams& p, Stream stream) {
   const LaunchShape shape = {
       .grid = dim3(static_cast<uint32_t>(p.grid.num_units() * p.grid.team), kMergeShares),
       .block = dim3(kMergeWarps * kLanes),
-      .smem_bytes = static_cast<size_t>(merge_share_smem_bytes(kMergeWarps, p.grid.tiles.rows(), kInvariantSplits)),
+      .smem_bytes = static_cast<size_t>(
+          merge_share_smem_bytes(kMergeWarps, p.grid.tiles.rows(), kInvariantSplits)),
       .programmatic = kProgrammatic};
   return launch_kernel(merge_fixed_splits_kernel<kOut, kProgrammatic>, shape, stream, kOperator, p);
 }

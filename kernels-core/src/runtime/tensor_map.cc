@@ -1,8 +1,8 @@
 #if FLASH_MLA_WITH_CUDA
 #include "runtime/tensor_map.h"
 
-#include <cuda_runtime_api.h>
 #include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
 
 namespace flash_mla {
 
@@ -13,8 +13,8 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   static const PFN_cuTensorMapEncodeTiled_v12000 kFunction = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
@@ -26,8 +26,9 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 Status make_tensor_map(const TensorMapShape& shape, CUtensorMap* map) {
   const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
   if (encode == nullptr) {
-    return make_status(StatusCode::kRuntimeError,
-                       "the driver has no cuTensorMapEncodeTiled; install one for CUDA 12 or later");
+    return make_status(
+        StatusCode::kRuntimeError,
+        "the driver has no cuTensorMapEncodeTiled; install one for CUDA 12 or later");
   }
   cuuint64_t size[kTensorMapRank], stride[kTensorMapRank - 1];
   cuuint32_t box[kTensorMapRank], step[kTensorMapRank];
@@ -38,13 +39,21 @@ Status make_tensor_map(const TensorMapShape& shape, CUtensorMap* map) {
     // A dimension of one element may have any stride, also one that the driver would refuse.
     if (i > 0) stride[i - 1] = shape.size[i] == 1 ? 16 : shape.stride_bytes[i];
   }
-  const CUresult result = encode(
-      map,
-      shape.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      kTensorMapRank, const_cast<void*>(shape.data), size, stride, box, step,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode_here = [&] {
+    return encode(map,
+                  shape.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  kTensorMapRank, const_cast<void*>(shape.data), size, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_here();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // The first call of a thread: the runtime binds the device's context to it when asked to.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) (void)cudaSetDevice(device);
+    result = encode_here();
+  }
   if (result == CUDA_SUCCESS) return {};
   return make_status(StatusCode::kRuntimeError, "cuTensorMapEncodeTiled failed with error %d",
                      static_cast<int>(result));

@@ -23,24 +23,23 @@ __device__ __forceinline__ void fence_barrier_init() {
 }
 
 __device__ __forceinline__ void arrive(Barrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
 }
 
 // Announces bytes of copies that will complete on the barrier's phase.
 __device__ __forceinline__ void expect(Barrier& barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
-                   smem_address(&barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // An arrival that also announces bytes of copies that will complete on the barrier.
 __device__ __forceinline__ void arrive_expect(Barrier& barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   smem_address(&barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(&barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ bool try_wait(const Barrier& barrier, uint32_t parity) {
@@ -77,6 +76,11 @@ __device__ __forceinline__ void fence_async_proxy() {
 // A hardware barrier over part of a CTA; 0 is __syncthreads().
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts as an arrival at it, without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace flash_mla::sm90

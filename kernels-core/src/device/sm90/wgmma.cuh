@@ -1,4 +1,5 @@
-// Matrix products of a warpgroup (PTX wgmma), M = 64, K = 16, 16-bit operands, float32 accumulators.
+// Matrix products of a warpgroup (PTX wgmma), M = 64, K = 16, 16-bit operands, float32
+// accumulators.
 //
 // Accumulator element i of a thread, for N columns: row 16 * warp + lane / 4 + 8 * (i / 2 % 2),
 // column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
@@ -17,8 +18,8 @@ namespace flash_mla::sm90 {
 // from the next 8. A descriptor's upper half says that and is the same for all; kept apart, what
 // changes between products is one 32-bit sum each.
 //
-// K-major: the rows are those of the operand, and `leading` is not used. MN-major: the rows go along
-// K, and `leading` is the distance of the next 64 values of the other dimension.
+// K-major: the rows are those of the operand, and `leading` is not used. MN-major: the rows go
+// along K, and `leading` is the distance of the next 64 values of the other dimension.
 struct Operand {
   uint32_t low;
 

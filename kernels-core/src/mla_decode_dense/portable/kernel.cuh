@@ -144,17 +144,15 @@ __global__ void __launch_bounds__(Config<Cfg>::kThreads, Config<Cfg>::kCtasPerSm
     if (item.num_parts > 1 && p.grid.invariant_splits == 0) {
       __syncthreads();  // the part is written
       if (thread == 0) {
-        const int i = smem.num_split_items++;
-        smem.split_items[i] = item;
-        smem.found[i] =
-            SplitUnit{p.meetings, item.first_team, 1, item.part, item.num_parts}.arrive();
+        split_unit(p, item, /*member=*/0).arrive();
+        smem.split_items[smem.num_split_items++] = item;
       }
     }
   }
 
   // The last turn's barrier: all tiles are attended, and the stages free for merging.
-  merge_split_units<C::kType, C::kWarps>(p, smem.split_items, smem.found, smem.num_split_items,
-                                         /*member=*/0, thread, smem.slabs, &smem.outcome,
+  merge_split_units<C::kType, C::kWarps>(p, smem.split_items, smem.num_split_items, /*member=*/0,
+                                         thread, smem.slabs, &smem.outcome,
                                          [] { __syncthreads(); });
 }
 

@@ -49,6 +49,8 @@ int ctas_per_sm(Device device) {
       guard.status().ok() &&
       cudaFuncSetAttribute(decode_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(kBytes)) == cudaSuccess &&
+      cudaFuncSetAttribute(decode_kernel<Cfg>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                           cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, decode_kernel<Cfg>,
                                                     Config<Cfg>::kThreads, kBytes) == cudaSuccess;
   if (!asked) (void)cudaGetLastError();  // the launch will say it again

@@ -22,7 +22,6 @@ struct SharedStorage {
   WorkItem items[3];
   uint32_t valid_keys[C::kWarps][C::kStages];  // bit k: key k of the tile has a page
   WorkItem split_items[2];                     // of this CTA, at most its first and its last
-  uint32_t found[2];                           // by arrive() for them
   uint32_t outcome;
   int32_t num_split_items;
 

@@ -1,11 +1,11 @@
-// The role of a consumer warpgroup: Q K^T and softmax of every second tile, P V of all tiles for its
-// half of the columns.
+// The role of a consumer warpgroup: Q K^T and softmax of every second tile, P V of all tiles for
+// its half of the columns.
 //
 // Warpgroup w owns tiles w, w + 2, ... and columns [256 w, 256 w + 256) of O. Its turn for tile j,
 // while the other one is half a turn behind:
 //
-//   Q K^T(j), columns 0-511 | P(j-1) is published: follow its maximum | P V(j-1) | Q K^T(j), the rest
-//   | vote on growth, exp2 with the standing maximum, P V(j) 16 keys at a time, P(j) published
+//   Q K^T(j), columns 0-511 | P(j-1) is published: follow its maximum | P V(j-1) | Q K^T(j), the
+//   rest | vote on growth, exp2 with the standing maximum, P V(j) 16 keys at a time, P(j) published
 //
 // The tensor cores always have the work of one of them queued. The standing maximum only moves when
 // a row exceeds it by kRescaleThresholdLog2; then whoever sees it first tells the other, so both
@@ -44,8 +44,8 @@ class Attend {
         lane_(static_cast<int>(threadIdx.x) % kLanes),
         row_(warp_ * 16 + lane_ / 4) {}
 
-  // Attends the tiles of item `index`. `own` and `other` count, over all items, the tiles of the two
-  // warpgroups so far.
+  // Attends the tiles of item `index`. `own` and `other` count, over all items, the tiles of the
+  // two warpgroups so far.
   __device__ __forceinline__ void item(uint32_t index, uint32_t& own, uint32_t& other) {
     slot_ = index % 2;
     const ItemSlot& slot = smem_.items[slot_];
@@ -58,12 +58,16 @@ class Attend {
 #pragma unroll
     for (int i = 0; i < 128; ++i) acc_.o[i / 64][i % 64] = 0.0f;
 
-    if (tiles <= wg_) release_query();  // this warpgroup owns none of them
+    if (tiles <= wg_) {  // this warpgroup owns none of them
+      release_query();
+      if (wg_ == 0) wait_for_stored(index);
+    }
     // ptxas serialises products that are issued in conditions, hence three pieces of code.
     int32_t tile = wg_;
     if (tile == 0 && tile < tiles) {
       query_keys<0, kBoxes>(own);
       flash_mla::sm90::wgmma_commit();
+      wait_for_stored(index);
       wait_for_logits();
       attend_own(tile, tiles, other);
       ++own;
@@ -113,6 +117,10 @@ class Attend {
   __device__ __forceinline__ void pin_output() {
     flash_mla::sm90::pin(acc_.o[0]);
     flash_mla::sm90::pin(acc_.o[1]);
+  }
+  // First warpgroup: the second has stored the last item, for which it used P's place.
+  __device__ __forceinline__ void wait_for_stored(uint32_t index) {
+    if (index > 0) flash_mla::sm90::named_barrier_sync(kStored, kConsumerThreads);
   }
   __device__ __forceinline__ void wait_for_logits() {
     flash_mla::sm90::wgmma_wait<0>();
@@ -221,8 +229,8 @@ class Attend {
     for (int32_t i = warp_ * kLanes + lane_; i < (kTileKeys - valid) * kHalfBlocks * 8;
          i += kWarpgroup) {
       const int32_t chunk = i % 8, block = i / 8 % kHalfBlocks, key = valid + i / 8 / kHalfBlocks;
-      *reinterpret_cast<uint4*>(half + block * kColumnBlockBytes + key * kTokenBytes +
-                                chunk * 16) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(half + block * kColumnBlockBytes + key * kTokenBytes + chunk * 16) =
+          make_uint4(0, 0, 0, 0);
     }
     flash_mla::sm90::fence_async_proxy();
     flash_mla::sm90::named_barrier_sync(kTailZeroed + wg_, kWarpgroup);

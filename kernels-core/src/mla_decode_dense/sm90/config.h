@@ -13,14 +13,14 @@ using flash_mla::sm90::Barrier;
 
 inline constexpr int kTileRows = 64;  // M of a wgmma
 inline constexpr int kTileKeys = kBlockKeys;
-inline constexpr int kTokenBytes = 128;                     // of a row in a column block
-inline constexpr int kColumnsPerBlock = 64;                 // 128 bytes: the swizzle's span
+inline constexpr int kTokenBytes = 128;                            // of a row in a column block
+inline constexpr int kColumnsPerBlock = 64;                        // 128 bytes: the swizzle's span
 inline constexpr int kColumnBlockBytes = kTileKeys * kTokenBytes;  // 64 keys x 64 columns
 static_assert(kTileRows == kTileKeys);  // the column blocks of Q and K are of one size
 
-inline constexpr int kVColumnBlocks = 8;   // 512 columns
+inline constexpr int kVColumnBlocks = 8;                // 512 columns
 inline constexpr int kHalfBlocks = kVColumnBlocks / 2;  // of V: a consumer warpgroup's share of O
-inline constexpr int kBuffers = 2;         // one for each consumer warpgroup
+inline constexpr int kBuffers = 2;                      // one for each consumer warpgroup
 
 // A K tile arrives, and is freed, in pieces: four of two column blocks, and the ninth block alone.
 inline constexpr int kPieceBlocks = 2;
@@ -32,10 +32,13 @@ inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
-// Of 65,536 / 128 = 512 registers for one thread of each warpgroup.
-inline constexpr int kConsumerRegisters = 216;
-inline constexpr int kProducerRegisters = 72;
-static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 512);
+// The kernel starts with 168 for each thread, the most that 384 threads can have: what some get,
+// others must give. More would wait for ever.
+inline constexpr int kConsumerRegisters = 208;
+inline constexpr int kProducerRegisters = 88;
+inline constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+              (kConsumers + 1) * kRegisters);
 
 // A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
 // uniform registers, and each wgmma then costs 5 instructions, not 13.
@@ -45,15 +48,23 @@ __device__ __forceinline__ T uniform(T value) {
 }
 
 // __syncthreads is 0.
-enum HardwareBarrier : int { kItemDone = 1, kStored = 2, kMerging = 3, kTailZeroed = 4 };
+enum HardwareBarrier : int {
+  kItemDone = 1,
+  kStored = 2,
+  kPartWritten = 3,
+  kMerging = 4,
+  kTailZeroed = 5,  // and the next: one for each warpgroup
+};
 
 // An item, with what load works out for attend.
 struct ItemSlot {
   WorkItem item;
   int32_t length;        // cache_seqlens of the request
-  int32_t num_keys;      // of them there is a page for
+  int32_t num_keys;      // that some row to be stored attends; there are pages for them
   int32_t partial_from;  // tiles from here on may hold keys that some row does not attend
   float scale_log2;      // logits in units of log2 are q.k times this
+  int32_t only_token;    // the rows of this query token alone are stored; negative: all rows
+  bool last;             // of the passes over a unit's part: see load
 };
 
 template <class Cfg>
@@ -73,8 +84,9 @@ struct alignas(1024) SharedStorage {
   // load -> attend, and back; phase: the item.
   Barrier q_full, q_empty;
 
-  // Of the last tile: has some row of a warp a new maximum, which, and the factor of what was summed
-  // before. The warp of the other warpgroup that has the same rows reads it before it writes its own.
+  // Of the last tile: has some row of a warp a new maximum, which, and the factor of what was
+  // summed before. The warp of the other warpgroup that has the same rows reads it before it writes
+  // its own.
   uint32_t grown[kWarpgroupWarps];
   float row_factor[kTileRows];
   float row_max[kTileRows];
@@ -83,7 +95,8 @@ struct alignas(1024) SharedStorage {
   uint64_t missing_keys[kBuffers];  // bit: the key lies on a page that does not exist
   ItemSlot items[2];                // [item % 2]
   PlanStorage plan;
-  WorkItem next_item;    // load's own
+  WorkItem next_item;  // load's own
+  int32_t passes;      // likewise
 
   WorkItem split_items[2];  // the parts that this CTA has made
   int32_t num_split;

@@ -6,10 +6,10 @@
 // items (device/decode_schedule.h) with Q and two K tiles in shared memory and O in registers.
 //
 //   warps  registers  role
-//   0-3    216        attend: Q K^T and softmax of even tiles; columns 0-255 of O
-//   4-7    216        attend: of odd tiles; columns 256-511 of O
-//   8      72         load: the CTA's items, page table, TMA
-//   9-11   72         nothing: registers move by warpgroups
+//   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
+//   4-7    208        attend: of odd tiles; columns 256-511 of O
+//   8      88         load: the CTA's items, page table, TMA
+//   9-11   88         nothing: registers move by warpgroups
 //
 // Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, and what config.h lists; one CTA a SM.
 //
@@ -20,8 +20,8 @@
 //   kv_empty[b][p]  4 warps of the piece's last reader  fill of buffer b
 //   p_full[w]       4 warps of warpgroup w              tile of warpgroup w
 //
-// Bottleneck (README.md has the numbers): with 64 rows and more a request, the tensor cores and then
-// power; with fewer, device memory.
+// Bottleneck (README.md has the numbers): with 64 rows and more a request, the tensor cores and
+// then power; with fewer, device memory.
 #pragma once
 
 #include "device/sm90/registers.cuh"
@@ -102,11 +102,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume(p, smem, warpgroup, member);
     // The last loads have been read: K's buffers are free for the merge.
     flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads);
-    constexpr DType kOut =
-        Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
+    constexpr DType kOut = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
     merge_split_units<kOut, kConsumers * kWarpgroupWarps>(
-        p, smem.split_items, smem.num_split, member, thread,
-        smem.k, &smem.outcome,
+        p, smem.split_items, smem.num_split, member, thread, smem.k, &smem.outcome,
         [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
   }
 }

@@ -42,10 +42,11 @@ Status make_maps(const Problem& p, const DecodeGrid& grid, TensorMaps* maps) {
       {kColumnsPerBlock, grid.tiles.heads_per_tile, grid.tiles.tokens_per_tile, 1, 1}};
   FLASH_MLA_RETURN_IF_ERROR(make_tensor_map(q, &maps->q));
   const int32_t keys = static_cast<int32_t>(min_of(p.kv.page_size, kTileKeys));
+  // A cache without pages has no address perhaps; nothing is read of it.
   TensorMapShape kv = {
-      p.kv.data,
+      p.kv.num_pages > 0 ? p.kv.data : p.q,
       p.q_dtype,
-      {kColumnsPerBlock, p.kv.page_size, kColumnBlocks, p.kv.h_kv, p.kv.num_pages},
+      {kColumnsPerBlock, p.kv.page_size, kColumnBlocks, p.kv.h_kv, max_of(1, p.kv.num_pages)},
       {0, p.kv.token_stride_bytes, kTokenBytes, p.kv.head_stride_bytes, p.kv.page_stride_bytes},
       {kColumnsPerBlock, keys, 1, 1, 1}};
   FLASH_MLA_RETURN_IF_ERROR(make_tensor_map(kv, &maps->kv_one));
@@ -68,8 +69,7 @@ Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
                              .smem_bytes = kSmemBytes,
                              .programmatic = true};
   FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts</*kProgrammatic=*/true>(params, stream));
-  FLASH_MLA_RETURN_IF_ERROR(
-      launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps));
+  FLASH_MLA_RETURN_IF_ERROR(launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps));
   return launch_merge_fixed_splits<kOut, /*kProgrammatic=*/true>(params, stream);
 }
 

@@ -1,4 +1,5 @@
-// The end of an item in a consumer warpgroup: normalise, and store the result or the partial result.
+// The end of an item in a consumer warpgroup: normalise, and store the result or the partial
+// result.
 #pragma once
 
 #include "mla_decode_dense/gpu.cuh"
@@ -12,7 +13,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
                                       int row, int lane) {
   constexpr DType kOut = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
   // A row's sum: over the quad, then over the warpgroups, which have the same maximum by now.
-  float(&row_sum)[kConsumers][kTileRows] = smem.row_sum[index % 2];
+  float (&row_sum)[kConsumers][kTileRows] = smem.row_sum[index % 2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     acc.sum[r] += __shfl_xor_sync(kAllLanes, acc.sum[r], 1);
@@ -24,6 +25,10 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
   const ItemSlot& slot = smem.items[index % 2];
   const WorkItem item = slot.item;
   const TileRows rows(p, item, member, slot.length);
+  const auto stored = [&](int32_t tile_row) {
+    return rows.valid(p, tile_row) &&
+           (slot.only_token < 0 || rows.token(p, tile_row) == slot.only_token);
+  };
   const bool whole = item.num_parts == 1;
   const float factor = whole ? descale(p.descale_k, p.descale_k_stride, item.request) : 1.0f;
   const int64_t tile = whole ? 0 : partial_tile(p.grid, item, member, item.part);
@@ -33,7 +38,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
     const int32_t tile_row = row + 8 * r;
     const SoftmaxRow softmax = {acc.max[r], row_sum[0][tile_row] + row_sum[1][tile_row]};
     scale[r] = softmax.empty() ? 0.0f : factor / softmax.sum;
-    if (wg == 0 && lane % 4 == 0 && rows.valid(p, tile_row)) {
+    if (wg == 0 && lane % 4 == 0 && stored(tile_row)) {
       *(whole ? rows.lse(p, tile_row) : p.partials.lse(tile) + tile_row) = softmax.lse();
     }
   }
@@ -42,7 +47,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
   // 64 bytes of a row, where the fragments would give 16. A row is 512 elements of 16 bits, in the
   // result and in a partial one.
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  if (__any_sync(kAllLanes, rows.valid(p, row) || rows.valid(p, row + 8))) {
+  if (__any_sync(kAllLanes, stored(row) || stored(row + 8))) {
     constexpr int kStageBytes = kColumnBlockBytes / (kConsumers * kWarpgroupWarps);
     constexpr int kRowStageBytes = 64;
     static_assert(kStageBytes == 16 * kRowStageBytes);
@@ -55,7 +60,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
     for (int r = 0; r < 2; ++r) {
       const int32_t tile_row = row + 8 * r;
       to[r] = nullptr;
-      if (!rows.valid(p, tile_row)) continue;
+      if (!stored(tile_row)) continue;
       to[r] = (whole ? rows.out(p, tile_row)
                      : p.partials.out(tile) + tile_row * PartialTiles::kRowBytes) +
               wg * 512 + lane % 4 * 16;
@@ -86,10 +91,12 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
       }
     }
   }
-  // Nobody writes P of the next item before.
-  flash_mla::sm90::named_barrier_sync(kStored, kConsumerThreads);
-  if (whole || p.grid.invariant_splits > 0) return;
+  // The first warpgroup writes P of the next item, but not before the second is done with its
+  // place.
+  if (wg == 1) flash_mla::sm90::named_barrier_arrive(kStored, kConsumerThreads);
+  if (whole || p.grid.invariant_splits > 0 || !slot.last) return;
   // Tells the others of the unit; they meet after their last items.
+  flash_mla::sm90::named_barrier_sync(kPartWritten, kConsumerThreads);
   if (threadIdx.x == 0) {
     split_unit(p, item, member).arrive();
     smem.split_items[smem.num_split] = item;
