@@ -2,6 +2,7 @@
 // core checks the arguments. Fake kernels, call forms and autograd are Python's (_ops.py).
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -17,10 +18,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Out tensors have the query's shape with d_v columns; bf16, or the query's dtype.
 Tensor empty_out(const Tensor& q, int64_t d_v) {
-  std::vector<int64_t> shape = sizes(q);
-  if (!shape.empty()) shape.back() = d_v < 0 ? 0 : d_v;
-  return view(q).dtype == DType::kFloat16 ? empty(shape, DType::kFloat16, q)
-                                          : empty(shape, DType::kBFloat16, q);
+  const std::span<const int64_t> q_shape = sizes(q);
+  int64_t shape[flash_mla::kMaxRank] = {};
+  const size_t rank = std::min<size_t>(q_shape.size(), flash_mla::kMaxRank);
+  std::copy_n(q_shape.data(), rank, shape);
+  if (rank > 0) shape[rank - 1] = std::max<int64_t>(d_v, 0);
+  const DType dtype = dtype_of(q) == DType::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
+  return empty({shape, rank}, dtype, q);
 }
 
 Tensor empty_decode_lse(const Tensor& q) {
@@ -116,7 +120,7 @@ std::tuple<Tensor, Tensor> mla_prefill_sparse_out(const Tensor& q, const Tensor&
                                                   const OptionalTensor& topk_length,
                                                   const OptionalTensor& attn_sink, int64_t d_v,
                                                   double softmax_scale, Tensor& out) {
-  const std::vector<int64_t> rows = {size_or_zero(q, 0), size_or_zero(q, 1)};
+  const int64_t rows[] = {size_or_zero(q, 0), size_or_zero(q, 1)};
   Tensor max_logits = empty(rows, DType::kFloat32, q);
   Tensor lse = empty(rows, DType::kFloat32, q);
   flash_mla::MlaPrefillSparseArgs args;
@@ -182,9 +186,9 @@ std::tuple<Tensor, Tensor, Tensor> mha_prefill_dense_backward(
     const Tensor& lse, const Tensor& cu_seqlens_qo, const Tensor& cu_seqlens_kv,
     int64_t max_seqlen_qo, int64_t max_seqlen_kv, double softmax_scale, bool causal,
     bool deterministic) {
-  Tensor d_q = empty_as(sizes(q), q);
-  Tensor d_k = empty_as(sizes(k), k);
-  Tensor d_v = empty_as(sizes(v), v);
+  Tensor d_q = empty_as(q);
+  Tensor d_k = empty_as(k);
+  Tensor d_v = empty_as(v);
   flash_mla::MhaPrefillDenseBackwardArgs args;
   args.d_out = view(d_out);
   args.q = view(q);
@@ -224,7 +228,7 @@ Tensor merge_attn_states_out(const Tensor& out_a, const Tensor& lse_a, const Ten
 
 std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& lse_a,
                                              const Tensor& out_b, const Tensor& lse_b) {
-  Tensor out = empty_as(sizes(out_a), out_a);
+  Tensor out = empty_as(out_a);
   Tensor lse = merge_attn_states_out(out_a, lse_a, out_b, lse_b, out);
   return {out, lse};
 }

@@ -7,7 +7,7 @@
 
 #include <initializer_list>
 #include <optional>
-#include <vector>
+#include <span>
 
 #include "flash_mla/types.h"
 
@@ -20,18 +20,22 @@ using torch::stable::Tensor;
 TensorView view(const Tensor& tensor);
 TensorView view(const std::optional<Tensor>& tensor);  // none: an absent argument
 
-std::vector<int64_t> sizes(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor);
+// Borrowed from the tensor.
+std::span<const int64_t> sizes(const Tensor& tensor);
 
 // The tensor's size in a dimension, 0 where there is no such dimension: outputs are allocated
 // before the core has judged the inputs.
-int64_t size_or_zero(const Tensor& tensor, int dim);
+int64_t size_or_zero(const Tensor& tensor, size_t dim);
 
-// Uninitialised, contiguous, on the device of `like`.
-Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like);
+// Uninitialised, contiguous, on the device of `like`. Dimensions from the sixth on are left out:
+// the core refuses an input that has them.
+Tensor empty(std::span<const int64_t> sizes, DType dtype, const Tensor& like);
+Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const Tensor& like);
 // float32 [rows, columns], a column contiguous.
 Tensor empty_column_major(int64_t rows, int64_t columns, const Tensor& like);
-// As `like` in dtype and device.
-Tensor empty_as(const std::vector<int64_t>& sizes, const Tensor& like);
+// Of the shape, dtype and device of `like`.
+Tensor empty_as(const Tensor& like);
 
 // Throws what becomes ValueError, NotImplementedError (by its tag, in Python) or RuntimeError.
 void throw_if_error(const flash_mla::Status& status);
@@ -40,20 +44,37 @@ void throw_if_error(const flash_mla::Status& status);
 // of threads on.
 flash_mla::Stream prepare_call(const Tensor& tensor);
 
+// Memory of a workspace.
+struct Block {
+  std::optional<Tensor> tensor;
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
 // Workspace for a call in a stream, the current one of `like`'s device; kept alive by this object.
 //
-// Scratch is the call's own. Sync blocks are kept: one for each device and stream and, since a
-// replayed graph may overlap with the stream's other launches, one for each capture and stream.
+// Scratch is the call's own, but outside of captures a call leaves it, unless it is large, to the
+// next call in the same stream: the host need not allocate. Sync blocks are kept: one for each
+// device and stream and, since a replayed graph may overlap with the stream's other launches, one
+// for each capture and stream.
 class CallWorkspace {
  public:
   CallWorkspace(const flash_mla::WorkspaceSize& size, const Tensor& like, flash_mla::Stream stream);
-  flash_mla::Workspace get() const { return workspace_; }
+  ~CallWorkspace();
+  CallWorkspace(const CallWorkspace&) = delete;
+  CallWorkspace& operator=(const CallWorkspace&) = delete;
+
+  flash_mla::Workspace get() const {
+    return {scratch_.data, scratch_.bytes, sync_.data, sync_.bytes};
+  }
 
  private:
-  std::optional<Tensor> scratch_;
+  flash_mla::Stream stream_;
+  int32_t device_index_ = 0;
+  bool leaves_scratch_ = false;
+  Block scratch_;
   // Another thread may replace the kept block while this call is not yet enqueued.
-  std::optional<Tensor> sync_;
-  flash_mla::Workspace workspace_;
+  Block sync_;
 };
 
 }  // namespace flash_mla_torch

@@ -21,9 +21,10 @@ void check_descale(Check& check, const TensorView& descale, const char* argument
   check.vector(descale, argument, "[1 or b]", {DType::kFloat32});
   check.same_device(descale, argument, p.device, "q");
   if (!check.ok()) return;
-  check.require(descale.shape[0] == 1 || descale.shape[0] == p.b, argument,
-                "have 1 or b = " + std::to_string(p.b) + " elements", shape_string(descale),
-                "pass one scale for all requests, or one for each");
+  check.require(
+      descale.shape[0] == 1 || descale.shape[0] == p.b, argument,
+      [&] { return "have 1 or b = " + std::to_string(p.b) + " elements"; },
+      [&] { return shape_string(descale); }, "pass one scale for all requests, or one for each");
   *data = static_cast<const float*>(descale.data);
   *stride = descale.shape[0] == 1 ? 0 : descale.stride[0];
 }
@@ -54,23 +55,31 @@ Status Problem::validate(const MlaDecodeDenseArgs& caller, Problem* problem, Out
   check.require(power_of_two || page_size % 64 == 0, "kv_cache",
                 "have a page_size (dimension 1) that is a power of two from 1 to 256 or a multiple "
                 "of 64",
-                std::to_string(page_size), "allocate the cache with such pages");
-  check.require(p.d_qk == p.kv.d_qk, "q", "have the d_qk of kv_cache, " + std::to_string(p.kv.d_qk),
-                std::to_string(p.d_qk), "pass a q and a cache of one width");
+                page_size, "allocate the cache with such pages");
+  check.require(
+      p.d_qk == p.kv.d_qk, "q",
+      [&] { return "have the d_qk of kv_cache, " + std::to_string(p.kv.d_qk); }, p.d_qk,
+      "pass a q and a cache of one width");
   check.require(
       p.h_q > 0 && p.h_q % p.kv.h_kv == 0, "q",
-      "have a number of heads (dimension 2) that h_kv = " + std::to_string(p.kv.h_kv) + " divides",
-      std::to_string(p.h_q), "pass a multiple of h_kv query heads");
+      [&] {
+        return "have a number of heads (dimension 2) that h_kv = " + std::to_string(p.kv.h_kv) +
+               " divides";
+      },
+      p.h_q, "pass a multiple of h_kv query heads");
   const bool q_fits = format == KvFormat::kFp16  ? p.q_dtype == DType::kFloat16
                       : format == KvFormat::kFp8 ? p.q_dtype != DType::kFloat16
                                                  : p.q_dtype == DType::kBFloat16;
-  check.require(q_fits, "q",
-                std::string("have dtype ") +
-                    (format == KvFormat::kFp16  ? "float16"
-                     : format == KvFormat::kFp8 ? "bfloat16 or float8_e4m3fn"
-                                                : "bfloat16") +
-                    " with a " + format_name + " cache",
-                dtype_name(p.q_dtype), "convert q, or use another cache format");
+  check.require(
+      q_fits, "q",
+      [&] {
+        return std::string("have dtype ") +
+               (format == KvFormat::kFp16  ? "float16"
+                : format == KvFormat::kFp8 ? "bfloat16 or float8_e4m3fn"
+                                           : "bfloat16") +
+               " with a " + format_name + " cache";
+      },
+      dtype_name(p.q_dtype), "convert q, or use another cache format");
   p.out_dtype = format == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
 
   check.vector(args.block_table, "block_table", "[b, max_pages]", {DType::kInt32});

@@ -1,7 +1,6 @@
 #include "runtime/check.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "runtime/status.h"
 
@@ -63,19 +62,15 @@ int64_t num_elements(const TensorView& tensor) {
 
 std::string shape_string(const TensorView& tensor) { return int_list(tensor.shape, tensor.rank); }
 
-Check& Check::require(bool condition, const char* argument, const std::string& rule,
-                      const std::string& value, const char* remedy) {
-  if (ok() && !condition) {
-    status_ = make_status(StatusCode::kInvalidArgument, "%s: %s must %s, got %s; %s",
-                          operator_name_, argument, rule.c_str(), value.c_str(), remedy);
-  }
-  return *this;
+void Check::fail(const char* argument, const std::string& rule, const std::string& value,
+                 const char* remedy) {
+  status_ = make_status(StatusCode::kInvalidArgument, "%s: %s must %s, got %s; %s", operator_name_,
+                        argument, rule.c_str(), value.c_str(), remedy);
 }
 
-Check& Check::vector(const TensorView& tensor, const char* argument, const char* dims,
-                     std::initializer_list<DType> dtypes) {
+Check& Check::shape_and_dtype(const TensorView& tensor, const char* argument, const char* dims,
+                              int rank, std::initializer_list<DType> dtypes) {
   if (!ok()) return *this;
-  const int32_t rank = 1 + static_cast<int32_t>(std::count(dims, dims + std::strlen(dims), ','));
   const bool known_dtype = std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end();
   if (tensor.defined() && tensor.rank == rank && known_dtype) return *this;
   require(tensor.defined(), argument, std::string("be a tensor ") + dims, "none",
@@ -92,7 +87,7 @@ Check& Check::vector(const TensorView& tensor, const char* argument, const char*
 
 Check& Check::tensor(const TensorView& tensor, const char* argument, const char* dims, int rank,
                      std::initializer_list<DType> dtypes) {
-  vector(tensor, argument, dims, dtypes);
+  shape_and_dtype(tensor, argument, dims, rank, dtypes);
   if (!ok()) return *this;
   const int32_t last = rank - 1;
   if (tensor.stride[last] == 1 || tensor.shape[last] <= 1) return *this;

@@ -8,7 +8,7 @@ void parse_decode_query(Check& check, const TensorView& q, std::initializer_list
                         DecodeIo* io) {
   check.tensor(q, "q", "[b, s_q, h_q, d_qk]", 4, dtypes).aligned_rows(q, "q");
   check.require(!check.ok() || q.shape[3] == kLatentDim || q.shape[3] == kLatentDim + kRopeDim, "q",
-                "have a last dimension (d_qk) of 576 or 512", std::to_string(q.shape[3]),
+                "have a last dimension (d_qk) of 576 or 512", q.shape[3],
                 "pass 512 latent columns, then 64 RoPE columns or none");
   if (!check.ok()) return;
   io->b = q.shape[0];
@@ -24,7 +24,7 @@ void parse_decode_query(Check& check, const TensorView& q, std::initializer_list
 
 void parse_decode_results(Check& check, const TensorView& out, const TensorView& lse,
                           int32_t head_dim_v, Device device, Outputs outputs, DecodeIo* io) {
-  check.require(head_dim_v == kLatentDim, "head_dim_v", "be 512", std::to_string(head_dim_v),
+  check.require(head_dim_v == kLatentDim, "head_dim_v", "be 512", head_dim_v,
                 "pass 512: V is the first 512 columns of K");
   if (outputs == Outputs::kAbsent) return;
   check.tensor(out, "out", "[b, s_q, h_q, d_v]", 4, {io->out_dtype});

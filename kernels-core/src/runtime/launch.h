@@ -45,15 +45,34 @@ struct LaunchShape {
   bool programmatic = false;
 };
 
+// Lets a kernel have more dynamic shared memory than the default. The runtime takes its time even
+// where nothing changes, so a thread remembers what it did last. cudaDeviceReset() would undo it
+// unseen: who calls that cannot go on using the library.
+inline cudaError_t allow_dynamic_smem(const void* kernel, size_t smem_bytes) {
+  struct Allowed {
+    const void* kernel = nullptr;
+    int device = 0;
+    size_t smem_bytes = 0;
+    bool operator==(const Allowed&) const = default;
+  };
+  static thread_local Allowed last;
+  Allowed wanted = {kernel, 0, smem_bytes};
+  cudaError_t error = cudaGetDevice(&wanted.device);
+  if (error != cudaSuccess || wanted == last) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(smem_bytes));
+  if (error == cudaSuccess) last = wanted;
+  return error;
+}
+
 template <class... Params, class... Values>
 Status launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, Stream stream,
                      const char* name, const Values&... values) {
   constexpr size_t kDefaultLimitBytes = 48 * 1024;
   if (shape.smem_bytes > kDefaultLimitBytes) {
-    FLASH_MLA_RETURN_IF_ERROR(
-        cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shape.smem_bytes)),
-                    name));
+    const cudaError_t error =
+        allow_dynamic_smem(reinterpret_cast<const void*>(kernel), shape.smem_bytes);
+    if (error != cudaSuccess) return cuda_status(error, name);
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -20,21 +20,30 @@ const char* row_name(Row row) {
   return "?";
 }
 
-Status row_runs_on(Row row, Device device) {
-  if (row == Row::kCpu) {
-    if (device.type == DeviceType::kCpu) return {};
-    return make_status(StatusCode::kUnsupported, "serves host tensors only");
+namespace {
+
+bool runs_on(Row row, const DeviceCaps& caps) {
+  const int cc = caps.compute_capability;
+  switch (row) {
+    case Row::kCpu: return cc == 0;
+    case Row::kPortable: return cc >= 80;
+    case Row::kSm90: return cc == 90;        // sm_90a: no other chip runs it
+    case Row::kSm100: return cc / 10 == 10;  // sm_100f: the family 10.x
   }
-  if (device.type == DeviceType::kCpu) {
-    return make_status(StatusCode::kUnsupported, "serves CUDA tensors only");
+  return false;
+}
+
+}  // namespace
+
+Status row_runs_on(Row row, Device device) {
+  if ((row == Row::kCpu) != (device.type == DeviceType::kCpu)) {
+    return make_status(StatusCode::kUnsupported, "serves %s tensors only",
+                       row == Row::kCpu ? "host" : "CUDA");
   }
   const DeviceCaps* caps = nullptr;
   FLASH_MLA_RETURN_IF_ERROR(device_caps(device, &caps));
+  if (runs_on(row, *caps)) return {};
   const int cc = caps->compute_capability;
-  const bool runs = row == Row::kPortable ? cc >= 80
-                    : row == Row::kSm90   ? cc == 90        // sm_90a: no other chip runs it
-                                          : cc / 10 == 10;  // sm_100f: the family 10.x
-  if (runs) return {};
   return make_status(StatusCode::kUnsupported, "needs compute capability %s, the device has %d.%d",
                      row == Row::kPortable ? "8.0 or later"
                      : row == Row::kSm90   ? "9.0"
@@ -44,45 +53,55 @@ Status row_runs_on(Row row, Device device) {
 
 namespace detail {
 
+namespace {
+
+// A forced name may be a row's: all of its variants then stay in the running.
+bool may_run(const char* forced, const Candidate& candidate) {
+  return forced == nullptr || std::strcmp(forced, candidate.name) == 0 ||
+         std::strcmp(forced, row_name(candidate.row)) == 0;
+}
+
+// Why a candidate that does not serve the call does not.
+std::string refusal_of(const Candidate& candidate, Device device, const char* forced) {
+  if (!may_run(forced, candidate)) return std::string("FLASH_MLA_KERNEL=") + forced;
+  if (Status status = row_runs_on(candidate.row, device); !status.ok()) return status.message;
+  if (candidate.refusal != nullptr) return candidate.refusal;
+  return "an earlier variant is preferred";
+}
+
+}  // namespace
+
 Status select(const char* operator_name, Device device, const Candidate* candidates, int count,
               bool log, int* chosen) {
   const char* forced = std::getenv("FLASH_MLA_KERNEL");
   if (forced != nullptr && *forced == '\0') forced = nullptr;
+  int found = 0;
+  const DeviceCaps* caps = nullptr;
+  if (!device_caps(device, &caps).ok()) found = count;
+  const auto serves = [&](const Candidate& candidate) {
+    return candidate.refusal == nullptr && may_run(forced, candidate) &&
+           runs_on(candidate.row, *caps);
+  };
+  while (found < count && !serves(candidates[found])) ++found;
+  if (found < count) *chosen = found;
+  // Texts are made only when somebody reads them: this is on the path of every call.
   log = log && log_enabled("select");
+  if (found < count && !log) return {};
   std::string refusals;
-  int found = -1;
-  for (int i = 0; i < count && (found < 0 || log); ++i) {
-    const Candidate& candidate = candidates[i];
-    std::string refusal;
-    // A forced name may be a row's: all of its variants then stay in the running.
-    if (forced != nullptr && std::strcmp(forced, candidate.name) != 0 &&
-        std::strcmp(forced, row_name(candidate.row)) != 0) {
-      refusal = std::string("FLASH_MLA_KERNEL=") + forced;
-    } else if (Status status = row_runs_on(candidate.row, device); !status.ok()) {
-      refusal = status.message;
-    } else if (candidate.refusal != nullptr) {
-      refusal = candidate.refusal;
-    } else if (found >= 0) {
-      refusal = "an earlier variant is preferred";
-    }
-    if (refusal.empty()) {
-      found = i;
-    } else {
-      refusals += std::string(refusals.empty() ? "" : "; ") + candidate.name + ": " + refusal;
-    }
+  for (int i = 0; i < count; ++i) {
+    if (i == found) continue;
+    refusals += std::string(refusals.empty() ? "" : "; ") + candidates[i].name + ": " +
+                refusal_of(candidates[i], device, forced);
   }
   if (log) {
-    log_line("%s -> %s%s%s", operator_name, found < 0 ? "none" : candidates[found].name,
+    log_line("%s -> %s%s%s", operator_name, found == count ? "none" : candidates[found].name,
              refusals.empty() ? "" : "; ", refusals.c_str());
   }
-  if (found < 0) {
-    return make_status(StatusCode::kUnsupported,
-                       "%s: no kernel of this build serves the call (%s); `python -m flash_mla` "
-                       "lists what serves what",
-                       operator_name, refusals.c_str());
-  }
-  *chosen = found;
-  return {};
+  if (found < count) return {};
+  return make_status(StatusCode::kUnsupported,
+                     "%s: no kernel of this build serves the call (%s); `python -m flash_mla` "
+                     "lists what serves what",
+                     operator_name, refusals.c_str());
 }
 
 Status check_workspace(const char* operator_name, const WorkspaceSize& needed,
