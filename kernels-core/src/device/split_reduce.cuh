@@ -1,42 +1,61 @@
 // Merging the parts of rows whose keys were split over CTAs, inside the kernel that made them.
 //
-// A part is a tile of partial results in scratch: 16-bit, normalised, with the rows' lse. The CTAs
-// that have a unit's parts meet at a counter; then each of them merges its share of the rows. None
-// waits for another without end: a CTA that has waited long (the others may not be resident yet)
-// says so and leaves its share to whoever arrives last. A merge is the same arithmetic, in the
-// order of the parts, whoever does it.
+// A part is a tile of partial results in scratch. The CTAs that have a unit's parts meet at a
+// counter; then each of them merges its share of the rows. None waits for another without end: a
+// CTA that has waited long (the others may not be resident yet) says so and leaves its share to
+// whoever arrives last. A share is merged by the same arithmetic, in the same order, whoever does
+// it.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 #include <cuda/atomic>
+#include <limits>
 
 #include "device/decode_schedule.cuh"
 #include "device/online_softmax.h"
+#include "device/sm80/exp2.cuh"
+#include "device/sm80/pin.cuh"
 #include "flash_mla/types.h"
 
 namespace flash_mla {
 
 inline constexpr int32_t kPartialCols = 512;  // d_v
 
-// Partial results in scratch: tiles of `rows` rows. A row is a mean of V's rows, so that V's 16-bit
-// type holds it; rounding it adds less than rounding P and the result does, and halves the traffic,
-// which is most of what a split costs.
+// Where the columns of a row of partial results are. kFragments: the 16-byte chunk 4 b + q has
+// columns 32 b + 8 j + 2 q + {0, 1} for j = 0..3, as a thread has them in four tiles of its
+// accumulators.
+enum class PartColumns { kInOrder, kFragments };
+
+// Partial results in scratch: tiles of `rows` rows of 16-bit sums over the part's keys, then a
+// header for each row. Rounding to 16 bits adds less than rounding P and the result does, and
+// halves the traffic, which is most of what a split costs.
 struct PartialTiles {
+  // The maximum of a row's logits, in units of log2, and the softmax's sum, in two terms.
+  struct alignas(16) Header {
+    float max, sum_a, sum_b, unused;
+  };
+
   uint8_t* data = nullptr;
   int32_t rows = 0;
 
-  static constexpr int32_t kRowBytes = kPartialCols * 2;
+  static constexpr int32_t kChunkBytes = 16;
+  static constexpr int32_t kRowChunks = kPartialCols * 2 / kChunkBytes;
+  static constexpr int32_t kRowBytes = kRowChunks * kChunkBytes;
 
-  // The rows' lse are padded to whole 16 bytes: the next tile's rows are loaded as such.
+  // Whether the sums are divided by the softmax's: float16 has not the range for them as they are.
+  static constexpr bool normalised(DType type) { return type == DType::kFloat16; }
+
   static FLASH_MLA_HD constexpr int64_t tile_bytes(int64_t rows) {
-    return rows * kRowBytes + ceil_div(rows, 4) * int64_t{4 * sizeof(float)};
+    return rows * int64_t{kRowBytes + sizeof(Header)};
   }
-  // 16-bit elements, row by row, then float32 lse of the rows.
-  FLASH_MLA_HD uint8_t* out(int64_t tile) const { return data + tile * tile_bytes(rows); }
-  FLASH_MLA_HD float* lse(int64_t tile) const {
-    return reinterpret_cast<float*>(out(tile) + int64_t{rows} * kRowBytes);
+  FLASH_MLA_HD uint8_t* row(int64_t tile, int32_t row) const {
+    return data + tile * tile_bytes(rows) + row * kRowBytes;
+  }
+  FLASH_MLA_HD Header* header(int64_t tile, int32_t row) const {
+    return reinterpret_cast<Header*>(this->row(tile, rows)) + row;
   }
 };
 
@@ -58,32 +77,33 @@ FLASH_MLA_HD constexpr int64_t partial_tile(const DecodeGrid& g, const WorkItem&
 
 // The partial tiles of an item's unit, for CTA `member` of a team, one for each part.
 struct PartTiles {
-  const uint8_t* first;
-  const uint8_t* second;
-  int64_t stride_bytes;  // from the second part on
-  int32_t rows;
-  int32_t num_parts;
+  const uint8_t* data;    // of part 0, if it lay where the others do
+  uint32_t stride_bytes;  // of parts
+  uint32_t first_bytes;   // that part 0 lies behind that place
+  uint32_t rows;
+  uint32_t num_parts;
 
-  __device__ PartTiles(const PartialTiles& tiles, const DecodeGrid& g, const WorkItem& item,
-                       int32_t member)
-      : first(tiles.out(partial_tile(g, item, member, 0))),
-        second(tiles.out(partial_tile(g, item, member, 1))),
-        stride_bytes(tiles.out(partial_tile(g, item, member, 2)) - second),
-        rows(tiles.rows),
-        num_parts(item.num_parts) {}
-
-  __device__ const uint8_t* out(int32_t part) const {
-    return part == 0 ? first : second + (part - 1) * stride_bytes;
-  }
-  __device__ float lse(int32_t part, int32_t row) const {
-    return __ldcg(reinterpret_cast<const float*>(out(part) + rows * PartialTiles::kRowBytes) + row);
+  template <bool kFixed>
+  static __device__ PartTiles of(const PartialTiles& tiles, const DecodeGrid& g,
+                                 const WorkItem& item, int32_t member) {
+    const auto tile_bytes = static_cast<uint32_t>(PartialTiles::tile_bytes(tiles.rows));
+    PartTiles t;
+    t.data = tiles.row(kFixed ? partial_tile(g, item, member, 0)
+                              : int64_t{2} * (item.first_team * g.team + member),
+                       0);
+    t.stride_bytes = kFixed ? tile_bytes : 2 * g.team * tile_bytes;
+    t.first_bytes = kFixed ? 0 : tile_bytes;
+    t.rows = tiles.rows;
+    t.num_parts = item.num_parts;
+    return t;
   }
 };
 
 // Where CTAs meet, in the workspace's sync block: one for each CTA, used by the unit whose part 0
 // the CTA has. All zero between launches.
 struct Meeting {
-  uint32_t arrived;  // low half: CTAs that have written their part; high half: that gave up waiting
+  uint32_t arrived;  // low half: warps that have written what they have of a part; high half: CTAs
+                     // that gave up waiting
   uint32_t left;     // CTAs that have seen the outcome
   uint32_t gave_up[2];  // of this CTA: in the unit of its first, and of its last, item
 };
@@ -93,50 +113,51 @@ inline constexpr int64_t kMeetingPatienceCycles = 1 << 18;
 
 using DeviceCounter = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
 
-// Of one item whose unit is split: which meeting, and who comes. One thread of a CTA calls its
-// functions.
+// Of one item whose unit is split: which meeting, and who comes.
 struct SplitUnit {
   Meeting* meetings;  // of all CTAs
   int32_t first_cta;  // of part 0; part p's is first_cta + p * team
   int32_t team;
   int32_t part;
   int32_t num_parts;
+  int32_t writers;  // warps that write a part: num_parts * writers < 2^16
 
   __device__ Meeting& meeting() const { return meetings[first_cta]; }
   __device__ uint32_t& gave_up(int32_t p) const {
     return meetings[first_cta + p * team].gave_up[p == 0 ? 1 : 0];
   }
 
-  // After a barrier behind the CTA's writes of its part.
+  // By each of the writers, when it has written; all of them before any thread of the CTA waits.
   __device__ void arrive() const {
+    __syncwarp();
+    if (threadIdx.x % kLanes != 0) return;
     DeviceCounter(meeting().arrived).fetch_add(1, cuda::memory_order_release);
   }
 
-  enum Outcome : uint32_t { kIncomplete, kComplete, kCompleteWithAbsent };
+  enum Outcome : uint32_t { kIncomplete, kComplete, kInherits };
 
-  // Complete: all parts are there to read, after a barrier; this CTA merges its share, and those of
-  // absent CTAs if heir() says so. Incomplete: it has given up, and leaves its share to the heir.
+  // By one thread. Complete: all parts are there to read, after a barrier, and this CTA merges its
+  // share; it inherits those of absent CTAs if it is the first that did not give up. Incomplete: it
+  // has given up, and leaves its share to the heir.
   __device__ Outcome wait() const {
-    const uint32_t all = static_cast<uint32_t>(num_parts);
-    const auto outcome = [&](uint32_t counter) {
-      return (counter & 0xffffu) != all ? kIncomplete
-             : counter >> 16 == 0       ? kComplete
-                                        : kCompleteWithAbsent;
-    };
+    const uint32_t all = static_cast<uint32_t>(num_parts * writers);
     DeviceCounter arrived(meeting().arrived);
     const int64_t start = clock64();
-    do {
-      const Outcome seen = outcome(arrived.load(cuda::memory_order_acquire));
-      if (seen != kIncomplete) return seen;
-    } while (clock64() - start < kMeetingPatienceCycles);
-    gave_up(part) = 1;
-    return outcome(arrived.fetch_add(1u << 16, cuda::memory_order_acq_rel));
+    uint32_t seen = arrived.load(cuda::memory_order_acquire);
+    while ((seen & 0xffffu) != all && clock64() - start < kMeetingPatienceCycles) {
+      seen = arrived.load(cuda::memory_order_acquire);
+    }
+    if ((seen & 0xffffu) != all) {
+      gave_up(part) = 1;
+      seen = arrived.fetch_add(1u << 16, cuda::memory_order_acq_rel);
+      if ((seen & 0xffffu) != all) return kIncomplete;
+    }
+    return seen >> 16 != 0 && first_present() ? kInherits : kComplete;
   }
 
-  // Whether this CTA merges the shares of those that gave up: the first that did not. The last to
-  // arrive never gives up, so there is one. A CTA that gave up just as the last one arrived stays
-  // and may be counted as absent by others: then two CTAs write the same values.
-  __device__ bool heir() const {
+  // The last to arrive never gives up, so there is one. A CTA that gave up just as the last one
+  // arrived stays and may be counted as absent by others: then two CTAs write the same values.
+  __device__ bool first_present() const {
     for (int32_t p = 0; p < part; ++p) {
       if (!has_given_up(p)) return false;
     }
@@ -146,214 +167,284 @@ struct SplitUnit {
     return *const_cast<volatile uint32_t*>(&gave_up(p)) != 0;
   }
 
-  // When it has read all that it needs of the meeting. The last one cleans up. Each has what it
-  // read by then, so no order of other accesses is needed.
-  __device__ void leave() const {
-    const uint32_t before = DeviceCounter(meeting().left).fetch_add(1, cuda::memory_order_relaxed);
-    if (before != static_cast<uint32_t>(num_parts) - 1) return;
+  // When the CTA has read all that it needs of the meeting: how many left before. Whoever finds
+  // that all others had cleans up. Each has what it read by then, so no order of other accesses is
+  // needed.
+  __device__ uint32_t leave() const {
+    return DeviceCounter(meeting().left).fetch_add(1, cuda::memory_order_relaxed);
+  }
+  __device__ void clean_up(uint32_t left_before) const {
+    if (left_before != static_cast<uint32_t>(num_parts) - 1) return;
     for (int32_t p = 0; p < num_parts; ++p) gave_up(p) = 0;
     meeting().arrived = 0;
     meeting().left = 0;
   }
 };
 
-// Eight 16-bit values as floats.
+// Two values in 16 bits, the first in the low half.
 template <DType kType>
-__device__ __forceinline__ void unpack(const uint4& packed, float (&values)[8]) {
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+__device__ __forceinline__ uint32_t pack_out(float a, float b) {
+  static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
+  if constexpr (kType == DType::kBFloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+template <DType kType>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (kType == DType::kBFloat16) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  }
+}
+
+// Word j of lane i of four becomes word i of lane j.
+__device__ __forceinline__ void transpose(uint32_t (&words)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kType == DType::kBFloat16) {
-      values[2 * i] = __uint_as_float(words[i] << 16);
-      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    } else {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
+  for (int d = 1; d < 4; d *= 2) {
+    const bool upper = threadIdx.x & d;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & d) != 0) continue;
+      const uint32_t mine = upper ? words[i] : words[i + d];
+      const uint32_t other = __shfl_xor_sync(kAllLanes, mine, d);
+      words[i] = upper ? other : words[i];
+      words[i + d] = upper ? words[i + d] : other;
     }
   }
 }
 
-inline constexpr int32_t kSliceCols = kLanes * 8;  // 16 bytes a lane
-inline constexpr int32_t kSlicesPerRow = kPartialCols / kSliceCols;
-inline constexpr int32_t kSlicesAtOnce = 4;
+// Eight lanes take a line of a tile, 128 bytes, from eight parts at a time; each of them works out
+// the weight of one part.
+inline constexpr uint32_t kOctet = 8;
+inline constexpr uint32_t kRowLines = PartialTiles::kRowChunks / kOctet;
 
-// Shared memory of merge_share for `warps` warps, tiles of `rows` rows and `parts` parts.
-constexpr int64_t merge_share_smem_bytes(int64_t warps, int64_t rows, int64_t parts) {
-  return warps * kSlicesAtOnce * kSliceCols * int64_t{sizeof(float)} +
-         rows * int64_t{sizeof(uint8_t*)} + (rows + 2 * parts) * int64_t{sizeof(float)};
+template <class Op>
+__device__ __forceinline__ float reduce_octet(float value, const Op& op) {
+#pragma unroll
+  for (int d = 1; d < kOctet; d *= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, d));
+  return value;
 }
 
-// Adds up kSlices slices of this lane's eight columns over parts helper, helper + step, ...; kParts
-// parts' loads are under way at once.
-template <DType kType, int kSlices, int kParts>
-__device__ __forceinline__ void sum_parts(const PartTiles& tiles, uint8_t* const* outs,
-                                          const float* weights, int32_t helper, int32_t step,
-                                          int32_t first, int32_t count, int32_t first_row,
-                                          float (&sum)[kSlicesAtOnce][8]) {
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll 1
-  for (int32_t base = helper; base < tiles.num_parts; base += step * kParts) {
-    uint4 packed[kParts][kSlices];
-    float weight[kParts][kSlices];
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-      const int32_t p = base + k * step;
-#pragma unroll
-      for (int u = 0; u < kSlices; ++u) {
-        const int32_t row = (first + u) / kSlicesPerRow - first_row;
-        const bool used = p < tiles.num_parts && u < count && outs[row] != nullptr;
-        weight[k][u] = used ? weights[row * tiles.num_parts + p] : 0.0f;
-        packed[k][u] = make_uint4(0, 0, 0, 0);
-        // Weight 0: an empty part, or one too small to count, or none, and nothing that was
-        // written.
-        if (weight[k][u] != 0.0f) {
-          packed[k][u] = __ldcg(
-              reinterpret_cast<const uint4*>(tiles.out(p) + (first + u) * (kSliceCols * 2)) + lane);
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-#pragma unroll
-      for (int u = 0; u < kSlices; ++u) {
-        float values[8];
-        unpack<kType>(packed[k][u], values);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum[u][i] += weight[k][u] * values[i];
-      }
+// The softmax of a row over parts. Each lane adds one of eight: returns what its part's
+// exponentials are to be multiplied with; `rescale` is for those of earlier parts.
+struct MergedSoftmax : SoftmaxRow {
+  __device__ __forceinline__ float add(float part_max, float part_sum, float& rescale) {
+    if (part_sum == 0.0f) part_max = -kInfinity;  // an empty part, or none
+    const float old_max = max_log2;
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    max_log2 = fmaxf(old_max, reduce_octet(part_max, larger));
+    rescale = sm80::exp2_approx(old_max - max_log2);
+    const float factor = sm80::exp2_approx(part_max - max_log2);
+    const auto plus = [](float a, float b) { return a + b; };
+    sum = sum * rescale + reduce_octet(factor * part_sum, plus);
+    return factor;
+  }
+};
+
+// A thread in the merge of a share, which is lines [first, first + count) of a tile. Octets side by
+// side take a line each, then the lines that far on; where there are octets to spare, `helpers` of
+// them share the parts of one line, eight each in turn.
+struct MergeThread {
+  uint32_t first, count;
+  uint32_t width, helpers;
+  uint32_t line, helper, lane;  // the thread's, of those
+
+  // What it loads next: of some line, from `part` on.
+  const uint8_t* data_at;    // of the first part, if it lay where the others do
+  const uint8_t* header_at;  // of the part that the lane works out the weight of
+  uint32_t part;
+  int32_t num_parts;  // from there; eight of them are taken
+  float4 header;      // zero where there is no part
+  uint4 data[kOctet];
+
+  __device__ MergeThread(const PartTiles& tiles, uint32_t share, uint32_t num_shares,
+                         uint32_t thread, uint32_t num_threads) {
+    const uint32_t octets = num_threads / kOctet, octet = thread / kOctet;
+    const uint32_t lines = tiles.rows * kRowLines;
+    const uint32_t most = ceil_div(lines, num_shares);
+    first = min(lines, most * share);
+    count = min(lines - first, most);
+    const uint32_t width_log2 = kLanes - __clz(min(octets, most) - 1);
+    width = 1u << width_log2;
+    helpers = min(octets >> width_log2, ceil_div(tiles.num_parts, kOctet));
+    line = octet & (width - 1);
+    helper = octet >> width_log2;
+    lane = thread % kOctet;
+    seek(tiles, 0, 0);
+  }
+
+  // To the line `base` behind its first one, and the helper's parts from `batch` on.
+  __device__ void seek(const PartTiles& tiles, uint32_t base, uint32_t batch) {
+    const uint32_t at = first + base + line;
+    part = batch + helper * kOctet;
+    num_parts =
+        helper < helpers && base + line < count ? static_cast<int32_t>(tiles.num_parts - part) : 0;
+    const uint8_t* const tile = tiles.data + part * tiles.stride_bytes;
+    data_at = tile + (at * kOctet + lane) * PartialTiles::kChunkBytes;
+    header_at = tile + (part + lane == 0 ? tiles.first_bytes : lane * tiles.stride_bytes) +
+                (tiles.rows * PartialTiles::kRowBytes +
+                 at / kRowLines * static_cast<uint32_t>(sizeof(PartialTiles::Header)));
+  }
+
+  __device__ void load_header() {
+    header = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (static_cast<int32_t>(lane) < num_parts) {
+      header = __ldcg(reinterpret_cast<const float4*>(header_at));
     }
   }
+  // Parts [kFrom, kTo) of eight.
+  template <int kFrom, int kTo>
+  __device__ void load_data(const PartTiles& tiles) {
+#pragma unroll
+    for (int i = kFrom; i < kTo; ++i) {
+      data[i] = make_uint4(0, 0, 0, 0);
+      const uint32_t behind = i == 0 && part == 0 ? tiles.first_bytes : i * tiles.stride_bytes;
+      if (i < num_parts) data[i] = __ldcg(reinterpret_cast<const uint4*>(data_at + behind));
+    }
+  }
+};
+
+// Where a row's results go; null for a row that there is not.
+struct MergedRow {
+  uint8_t* out = nullptr;
+  float* lse = nullptr;
+};
+
+// Shared memory of merge() for tiles of `rows` rows.
+constexpr int64_t merge_smem_bytes(int64_t num_threads, int64_t rows) {
+  return num_threads * int64_t{sizeof(float2) + 2 * sizeof(float4)} +
+         rows * int64_t{sizeof(MergedRow)};
 }
 
-// Merges share `share` of `num_shares` of a tile's rows, counted in slices of kSliceCols columns.
-// out_row(row) gives where a row's result goes, null for a row that there is not; store(out,
-// column, float4[2]) takes eight merged columns, store_lse(row, lse) a row's lse. Called by
-// `kWarps` warps of which this is number `warp`; barrier() synchronises them. num_shares is
-// num_parts, or a constant of 8 or more.
-template <DType kType, int kWarps, class OutRow, class Store, class StoreLse, class Barrier>
-__device__ __forceinline__ void merge_share(const PartTiles& tiles, int32_t share,
-                                            int32_t num_shares, int warp, void* smem,
-                                            const OutRow& out_row, const Store& store,
-                                            const StoreLse& store_lse, const Barrier& barrier) {
-  const int lane = threadIdx.x % kLanes;
-  const int32_t num_parts = tiles.num_parts;
-  const int32_t slices = tiles.rows * kSlicesPerRow;
-  const int32_t first = slices * share / num_shares;
-  const int32_t count = slices * (share + 1) / num_shares - first;
-  const int32_t first_row = first / kSlicesPerRow;
-  const int32_t num_rows = count == 0 ? 0 : (first + count - 1) / kSlicesPerRow - first_row + 1;
+// Merges a share: all loads of a thread's first eight parts are under way at once, and while it
+// adds up what they bring, those of the next eight. Output: row(row) is a MergedRow, factor() one
+// of all results. Called by kThreads threads, which barrier() synchronises, after load_header().
+template <DType kType, PartColumns kColumns, int kThreads, class Output, class Barrier>
+__device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, uint32_t thread,
+                                      void* smem, const Output& output, const Barrier& barrier) {
+  constexpr MergedSoftmax kNothing = {{std::numeric_limits<float>::lowest(), 0.0f}};
+  const uint32_t first_row = own.first / kRowLines;
+  // Of helpers: a maximum and, relative to it, the softmax's sum and eight values.
+  float2* const sums = static_cast<float2*>(smem);
+  float4* const values = reinterpret_cast<float4*>(sums + kThreads);
+  MergedRow* const rows = reinterpret_cast<MergedRow*>(values + 2 * kThreads);
 
-  float* exchange = static_cast<float*>(smem);  // [kWarps][kSlicesAtOnce][kSliceCols]
-  uint8_t** outs =
-      reinterpret_cast<uint8_t**>(exchange + kWarps * kSlicesAtOnce * kSliceCols);  // [num_rows]
-  float* weights = reinterpret_cast<float*>(outs + tiles.rows);  // [num_rows][num_parts]
-
-  // The parts' weights: a few lanes for each row.
-  int32_t row_lanes = kLanes;
-  while (row_lanes / 2 >= num_parts) row_lanes /= 2;
-  const int32_t rows_at_once = kWarps * kLanes / row_lanes;
-  const int32_t part_lane = lane % row_lanes;
-#pragma unroll 1
-  for (int32_t base = 0; base < num_rows; base += rows_at_once) {
-    const int32_t i = base + (warp * kLanes + lane) / row_lanes;
-    const int32_t row = first_row + min(i, num_rows - 1);
-    uint8_t* const out = i < num_rows ? out_row(row) : nullptr;
-    float* const row_weights = weights + (row - first_row) * num_parts;
-    const int32_t end = out == nullptr ? 0 : num_parts;
-    MergeRow merge;
-#pragma unroll 1
-    for (int32_t p = part_lane; p < end; p += row_lanes) {
-      row_weights[p] = tiles.lse(p, row);
-      merge.add_max(row_weights[p]);
-    }
-#pragma unroll 1
-    for (int d = row_lanes / 2; d > 0; d /= 2) {
-      merge.max = fmaxf(merge.max, __shfl_xor_sync(kAllLanes, merge.max, d));
-    }
-#pragma unroll 1
-    for (int32_t p = part_lane; p < end; p += row_lanes) {
-      row_weights[p] = merge.unscaled_weight(row_weights[p]);
-      merge.sum += row_weights[p];
-    }
-#pragma unroll 1
-    for (int d = row_lanes / 2; d > 0; d /= 2) {
-      merge.sum += __shfl_xor_sync(kAllLanes, merge.sum, d);
-    }
-    const float scale = merge.empty() ? 0.0f : 1.0f / merge.sum;
-#pragma unroll 1
-    for (int32_t p = part_lane; p < end; p += row_lanes) row_weights[p] *= scale;
-    if (part_lane == 0 && i < num_rows) {
-      outs[i] = out;
-      if (out != nullptr && (i > 0 || first % kSlicesPerRow == 0)) store_lse(row, merge.lse());
-    }
+  own.load_data<0, 8>(tiles);
+  // The last threads have least to do where the share is small.
+  const uint32_t row = kThreads - 1 - thread;
+  if (first_row + row <= (own.first + own.count - 1) / kRowLines) {
+    rows[row] = output.row(first_row + row);
   }
+  const float result_factor = output.factor();
   barrier();
 
-  // A warp sums four slices at a time: over all parts if they are few, else over every eighth or
-  // so, and such warps meet in shared memory.
-  int32_t part_warps = 1;
-  while (part_warps < kWarps && part_warps * 4 < num_parts) part_warps *= 2;
-  const int32_t helper = warp % part_warps;
-  const int32_t group = warp / part_warps;
-  const int32_t slices_at_once = kWarps / part_warps * kSlicesAtOnce;
+  MergedSoftmax softmax = kNothing;
+  float value[8] = {}, rescale;
+  uint32_t base = 0, batch = 0;  // of all threads alike
 #pragma unroll 1
-  for (int32_t base = 0; base < count; base += slices_at_once) {
-    const int32_t s = base + group * kSlicesAtOnce;
-    float sum[kSlicesAtOnce][8] = {};
-    if (s < count) {
-      if (count == 1) {  // many parts of few rows
-        sum_parts<kType, 1, 8>(tiles, outs, weights, helper, part_warps, first, 1, first_row, sum);
-      } else {
-        sum_parts<kType, kSlicesAtOnce, 2>(tiles, outs, weights, helper, part_warps, first + s,
-                                           count - s, first_row, sum);
-      }
+  while (base < own.count) {
+    const uint32_t line = base + own.line, at = own.first + line;
+    batch += own.helpers * kOctet;
+    const bool line_done = batch >= tiles.num_parts;
+    if (line_done) {
+      batch = 0;
+      base += own.width;
     }
-    if (part_warps > 1) {
+    const bool more = base < own.count;
+    if (more) own.seek(tiles, base, batch);
+
+    const float part_sum = own.header.y + own.header.z;
+    float weight = softmax.add(own.header.x, part_sum, rescale);
+    if (PartialTiles::normalised(kType)) weight *= part_sum;
+    if (more) own.load_header();
 #pragma unroll
-      for (int u = 0; u < kSlicesAtOnce; ++u) {
-        float4* const to = reinterpret_cast<float4*>(
-            exchange + (warp * kSlicesAtOnce + u) * kSliceCols + lane * 8);
-        to[0] = make_float4(sum[u][0], sum[u][1], sum[u][2], sum[u][3]);
-        to[1] = make_float4(sum[u][4], sum[u][5], sum[u][6], sum[u][7]);
-      }
-      barrier();
-      // Each of the group's warps adds up some of its slices.
-      for (int32_t u = helper; u < kSlicesAtOnce && s + u < count; u += part_warps) {
-        const float4* const from = reinterpret_cast<const float4*>(
-            exchange + (group * part_warps * kSlicesAtOnce + u) * kSliceCols + lane * 8);
-        float4 total[2] = {from[0], from[1]};
-#pragma unroll 1
-        for (int32_t w = 1; w < part_warps; ++w) {
+    for (float& v : value) v *= rescale;
+    const auto add = [&](int i) {
+      const float w = __shfl_sync(kAllLanes, weight, i, kOctet);
+      const uint32_t words[4] = {own.data[i].x, own.data[i].y, own.data[i].z, own.data[i].w};
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float4 other = from[w * kSlicesAtOnce * kSliceCols / 4 + h];
-            total[h].x += other.x;
-            total[h].y += other.y;
-            total[h].z += other.z;
-            total[h].w += other.w;
-          }
-        }
-        const int32_t slice = first + s + u;
-        uint8_t* const out = outs[slice / kSlicesPerRow - first_row];
-        const int32_t column = slice % kSlicesPerRow * kSliceCols + lane * 8;
-        if (out != nullptr) store(out, column, total);
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = unpack<kType>(words[k]);
+        value[2 * k] += w * pair.x;
+        value[2 * k + 1] += w * pair.y;
       }
-      barrier();
-    } else {
+    };
 #pragma unroll
-      for (int u = 0; u < kSlicesAtOnce; ++u) {
-        if (s + u >= count) break;
-        const int32_t slice = first + s + u;
-        uint8_t* const out = outs[slice / kSlicesPerRow - first_row];
-        const int32_t column = slice % kSlicesPerRow * kSliceCols + lane * 8;
-        const float4 total[2] = {make_float4(sum[u][0], sum[u][1], sum[u][2], sum[u][3]),
-                                 make_float4(sum[u][4], sum[u][5], sum[u][6], sum[u][7])};
-        if (out != nullptr) store(out, column, total);
+    for (int i = 0; i < 4; ++i) add(i);
+    if (more) own.load_data<0, 4>(tiles);
+#pragma unroll
+    for (int i = 4; i < 8; ++i) add(i);
+    if (more) own.load_data<4, 8>(tiles);
+
+    if (line_done && own.helpers == 1) {
+      const float scale = softmax.empty() ? 0.0f : __fdividef(result_factor, softmax.sum);
+      uint32_t words[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        words[k] = pack_out<kType>(value[2 * k] * scale, value[2 * k + 1] * scale);
       }
+      if constexpr (kColumns == PartColumns::kFragments) transpose(words);
+      MergedRow to;
+      if (own.helper == 0 && line < own.count) to = rows[at / kRowLines - first_row];
+      if (to.out != nullptr) {
+        reinterpret_cast<uint4*>(to.out)[at % kRowLines * kOctet + own.lane] =
+            make_uint4(words[0], words[1], words[2], words[3]);
+        if (at % kRowLines + own.lane == 0) *to.lse = softmax.lse();
+      }
+      softmax = kNothing;
+#pragma unroll
+      for (float& v : value) v = 0.0f;
     }
   }
-  barrier();  // whoever comes next may reuse the shared memory
+  if (own.helpers == 1) return;
+
+  // The helpers of a line take a word of each lane's four, in turn, and merge what they all have.
+  sums[thread] = make_float2(softmax.max_log2, softmax.sum);
+  values[thread] = make_float4(value[0], value[1], value[2], value[3]);
+  values[thread + kThreads] = make_float4(value[4], value[5], value[6], value[7]);
+  barrier();
+  const uint32_t stride = own.width * kOctet;  // of helpers
+  const uint32_t column = own.line * kOctet + own.lane;
+#pragma unroll 1
+  for (uint32_t k = own.helper; k - own.helper < 4; k += own.helpers) {
+    const float2* next =
+        reinterpret_cast<const float2*>(values + k / 2 % 2 * kThreads + column) + k % 2;
+    MergedSoftmax total = kNothing;
+    float2 result = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+    for (uint32_t first = 0; first < own.helpers; first += kOctet) {
+      float2 sum = make_float2(0.0f, 0.0f);
+      if (first + own.lane < own.helpers) sum = sums[(first + own.lane) * stride + column];
+      const float weight = total.add(sum.x, sum.y, rescale);
+      result.x *= rescale;
+      result.y *= rescale;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float w = __shfl_sync(kAllLanes, weight, i, kOctet);
+        float2 pair = make_float2(0.0f, 0.0f);
+        if (first + i < own.helpers) pair = *next;
+        next += 2 * stride;
+        result.x += w * pair.x;
+        result.y += w * pair.y;
+      }
+    }
+    if (own.helper >= own.helpers || k >= 4 || own.line >= own.count) continue;
+    const uint32_t at = own.first + own.line;
+    const MergedRow to = rows[at / kRowLines - first_row];
+    if (to.out == nullptr) continue;
+    const float scale = total.empty() ? 0.0f : __fdividef(result_factor, total.sum);
+    const uint32_t in_line = kColumns == PartColumns::kInOrder
+                                 ? own.lane * 4 + k
+                                 : own.lane / 4 * 16 + k * 4 + own.lane % 4;
+    const uint32_t word = at % kRowLines * (kOctet * 4) + in_line;
+    reinterpret_cast<uint32_t*>(to.out)[word] = pack_out<kType>(result.x * scale, result.y * scale);
+    if (word == 0) *to.lse = total.lse();
+  }
 }
 
 }  // namespace flash_mla

@@ -108,44 +108,27 @@ struct TileRows {
   }
 };
 
-// Two output elements, the first in the low half.
-template <DType kOut>
-__device__ __forceinline__ uint32_t pack_out(float a, float b) {
-  static_assert(kOut == DType::kBFloat16 || kOut == DType::kFloat16);
-  if constexpr (kOut == DType::kBFloat16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
+// `writers`: warps of a CTA that write a part.
 __device__ __forceinline__ SplitUnit split_unit(const GpuParams& p, const WorkItem& item,
-                                                int32_t member) {
-  return {p.meetings, item.first_team * p.grid.team + member, p.grid.team, item.part,
-          item.num_parts};
+                                                int32_t member, int32_t writers) {
+  return {p.meetings,     item.first_team * p.grid.team + member,
+          p.grid.team,    item.part,
+          item.num_parts, writers};
 }
 
-// Merges a share of a split item's rows into the outputs, by `kWarps` warps.
-template <DType kOut, int kWarps, class Barrier>
-__device__ __forceinline__ void merge_item_share(const GpuParams& p, const WorkItem& item,
-                                                 int32_t member, int32_t share, int32_t num_shares,
-                                                 int warp, void* smem, const Barrier& barrier) {
-  const TileRows rows(p, item, member, request_length(p, item.request));
-  const float factor = descale(p.descale_k, p.descale_k_stride, item.request);
-  merge_share<kOut, kWarps>(
-      PartTiles(p.partials, p.grid, item, member), share, num_shares, warp, smem,
-      [&](int32_t row) { return rows.valid(p, row) ? rows.out(p, row) : nullptr; },
-      [&](uint8_t* out, int32_t column, const float4(&v)[2]) {
-        *reinterpret_cast<uint4*>(out + 2 * column) =
-            make_uint4(pack_out<kOut>(v[0].x * factor, v[0].y * factor),
-                       pack_out<kOut>(v[0].z * factor, v[0].w * factor),
-                       pack_out<kOut>(v[1].x * factor, v[1].y * factor),
-                       pack_out<kOut>(v[1].z * factor, v[1].w * factor));
-      },
-      [&](int32_t row, float lse) { *rows.lse(p, row) = lse; }, barrier);
-}
+// Where the merged rows of a split item go.
+struct MergedRows {
+  const GpuParams& p;
+  const WorkItem& item;
+  int32_t member;
+
+  __device__ MergedRow row(int32_t row) const {
+    const TileRows rows(p, item, member, /*length=*/0);
+    if (!rows.valid(p, row)) return {};
+    return {rows.out(p, row), rows.lse(p, row)};
+  }
+  __device__ float factor() const { return descale(p.descale_k, p.descale_k_stride, item.request); }
+};
 
 // The first kernel of batch-invariant launches.
 inline constexpr int kListThreads = 1024;
@@ -161,61 +144,78 @@ __global__ void __launch_bounds__(kListThreads) list_fixed_parts_kernel(GpuParam
 
 // The last kernel of batch-invariant launches: merges every unit's fixed parts. blockIdx.x is the
 // tile (unit, member), blockIdx.y the share of its rows.
-inline constexpr int kMergeWarps = 8;
+inline constexpr int kMergeThreads = 256;
 inline constexpr int kMergeShares = 8;
-template <DType kOut, bool kProgrammatic>
-__global__ void __launch_bounds__(kMergeWarps* kLanes) merge_fixed_splits_kernel(GpuParams p) {
+template <DType kOut, PartColumns kColumns, bool kProgrammatic>
+__global__ void __launch_bounds__(kMergeThreads) merge_fixed_splits_kernel(GpuParams p) {
   extern __shared__ float4 smem[];
   const int64_t unit = blockIdx.x / p.grid.team;
   const int32_t request = static_cast<int32_t>(unit / p.grid.units_per_request);
+  const int32_t member = static_cast<int32_t>(blockIdx.x) % p.grid.team;
   if constexpr (kProgrammatic) flash_mla::sm90::wait_for_predecessor();
   const WorkItem item =
       fixed_item(p.grid, request, static_cast<int32_t>(unit % p.grid.units_per_request), 0,
                  RequestBlocks{p}(request));
   if (item.num_parts == 1) return;  // its only part went straight to the outputs
-  merge_item_share<kOut, kMergeWarps>(p, item, blockIdx.x % p.grid.team, blockIdx.y, kMergeShares,
-                                      threadIdx.x / kLanes, smem, [] { __syncthreads(); });
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto tiles = PartTiles::of</*kFixed=*/true>(p.partials, p.grid, item, member);
+  MergeThread own(tiles, blockIdx.y, kMergeShares, thread, kMergeThreads);
+  own.load_header();
+  merge<kOut, kColumns, kMergeThreads>(tiles, own, thread, smem, MergedRows{p, item, member},
+                                       [] { __syncthreads(); });
 }
 
 // After a CTA's last item: meets the other CTAs of its (at most two) split units and merges its
-// shares. Called by `kWarps` warps, `thread` counts their threads; barrier() synchronises them and
-// stands between their writes of partial results and this call. smem_outcome: shared memory.
-template <DType kOut, int kWarps, class Barrier>
+// shares. Called by kThreads threads, whose number `thread` is; barrier() synchronises them.
+// `outcomes`: in shared memory, for each unit.
+template <DType kOut, PartColumns kColumns, int kThreads, class Barrier>
 __device__ __forceinline__ void merge_split_units(const GpuParams& p, const WorkItem* split_items,
-                                                  int32_t num_items, int32_t member, int thread,
-                                                  void* smem, uint32_t* smem_outcome,
-                                                  const Barrier& barrier) {
+                                                  int32_t num_items, int32_t member,
+                                                  int32_t writers, int thread, void* smem,
+                                                  uint32_t* outcomes, const Barrier& barrier) {
+  // One thread meets the others: the last, which has least to do where little is merged. Asked
+  // anew each time, so that no predicate is kept.
+  const auto speaks = [&] {
+    int32_t number = thread;
+    sm80::pin(number);
+    return number == kThreads - 1;
+  };
 #pragma unroll 1
   for (int32_t i = 0; i < num_items; ++i) {
     const WorkItem item = split_items[i];
-    const SplitUnit unit = split_unit(p, item, member);
-    if (thread == 0) {
-      *smem_outcome = unit.wait();
-      if (*smem_outcome == SplitUnit::kCompleteWithAbsent && !unit.heir()) {
-        *smem_outcome = SplitUnit::kComplete;
-      }
-      if (*smem_outcome != SplitUnit::kCompleteWithAbsent) unit.leave();
-    }
+    const SplitUnit unit = split_unit(p, item, member, writers);
+    const auto tiles = PartTiles::of</*kFixed=*/false>(p.partials, p.grid, item, member);
+    // Before the barrier, which leaves time for it.
+    MergeThread own(tiles, item.part, item.num_parts, thread, kThreads);
+    sm80::pin(own.data_at);
+    sm80::pin(own.header_at);
+    if (speaks()) outcomes[i] = unit.wait();
     barrier();
-    const uint32_t outcome = *smem_outcome;
-    const bool inherits = outcome == SplitUnit::kCompleteWithAbsent;
+    own.load_header();  // first of all: what is loaded next waits for it
+    const uint32_t outcome = outcomes[i];
+    const bool inherits = outcome == SplitUnit::kInherits;
+    uint32_t left_before = 0;  // comes while the merge is under way
+    if (speaks() && !inherits) left_before = unit.leave();
+    bool takes = outcome != SplitUnit::kIncomplete;
 #pragma unroll 1
-    for (int32_t share = inherits ? 0 : item.part; share < item.num_parts; ++share) {
-      bool takes = outcome != SplitUnit::kIncomplete && share == item.part;
-      if (inherits) {
-        barrier();
-        if (thread == 0) *smem_outcome = takes || unit.has_given_up(share);
-        barrier();
-        takes = *smem_outcome != 0;
-      }
+    for (int32_t other = 0;; ++other) {
+      // Where results go is worked out while the loads are under way, not before.
+      WorkItem here = item;
+      sm80::pin(here.request);
+      sm80::pin(here.unit);
       if (takes) {
-        merge_item_share<kOut, kWarps>(p, item, member, share, item.num_parts, thread / kLanes,
-                                       smem, barrier);
+        merge<kOut, kColumns, kThreads>(tiles, own, thread, smem, MergedRows{p, here, member},
+                                        barrier);
       }
-      if (!inherits) break;
+      if (!inherits || other == item.num_parts) break;
+      barrier();
+      if (speaks()) outcomes[i] = other != item.part && unit.has_given_up(other);
+      barrier();
+      takes = outcomes[i] != 0;
+      own = MergeThread(tiles, other, item.num_parts, thread, kThreads);
+      own.load_header();
     }
-    barrier();
-    if (thread == 0 && inherits) unit.leave();
+    if (speaks()) unit.clean_up(inherits ? unit.leave() : left_before);
   }
 }
 
@@ -263,16 +263,16 @@ Status launch_list_fixed_parts(const GpuParams& p, Stream stream) {
 }
 
 // The launch that ends batch-invariant calls.
-template <DType kOut, bool kProgrammatic>
+template <DType kOut, PartColumns kColumns, bool kProgrammatic>
 Status launch_merge_fixed_splits(const GpuParams& p, Stream stream) {
   if (p.grid.invariant_splits <= 1) return {};
   const LaunchShape shape = {
       .grid = dim3(static_cast<uint32_t>(p.grid.num_units() * p.grid.team), kMergeShares),
-      .block = dim3(kMergeWarps * kLanes),
-      .smem_bytes = static_cast<size_t>(
-          merge_share_smem_bytes(kMergeWarps, p.grid.tiles.rows(), kInvariantSplits)),
+      .block = dim3(kMergeThreads),
+      .smem_bytes = static_cast<size_t>(merge_smem_bytes(kMergeThreads, p.grid.tiles.rows())),
       .programmatic = kProgrammatic};
-  return launch_kernel(merge_fixed_splits_kernel<kOut, kProgrammatic>, shape, stream, kOperator, p);
+  return launch_kernel(merge_fixed_splits_kernel<kOut, kColumns, kProgrammatic>, shape, stream,
+                       kOperator, p);
 }
 
 }  // namespace flash_mla::mla_decode_dense

@@ -21,6 +21,20 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return kFunction;
 }
 
+CUtensorMapDataType data_type(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    default: return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  }
+}
+
+CUtensorMapSwizzle swizzle(int32_t bytes) {
+  return bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+         : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                       : CU_TENSOR_MAP_SWIZZLE_NONE;
+}
+
 }  // namespace
 
 Status make_tensor_map(const TensorMapShape& shape, CUtensorMap* map) {
@@ -40,11 +54,8 @@ Status make_tensor_map(const TensorMapShape& shape, CUtensorMap* map) {
     if (i > 0) stride[i - 1] = shape.size[i] == 1 ? 16 : shape.stride_bytes[i];
   }
   const auto encode_here = [&] {
-    return encode(map,
-                  shape.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  kTensorMapRank, const_cast<void*>(shape.data), size, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    return encode(map, data_type(shape.dtype), kTensorMapRank, const_cast<void*>(shape.data), size,
+                  stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle(shape.swizzle_bytes),
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode_here();

@@ -17,6 +17,13 @@ __device__ __forceinline__ void store_matrices(uint32_t smem, const uint32_t (&r
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t smem, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // 2^x; subnormal results are flushed to zero.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

@@ -70,7 +70,35 @@ struct Wgmma {
     call<Op>(d, ScaleOut::One, std::make_index_sequence<64>(), a[0], a[1], a[2], a[3], b);
   }
 
+  // D[64][N] (+)= A[64][16] B[N][16]^T, A in registers, B K-major in shared memory.
+  template <bool kAccumulate, int kN>
+  static __device__ __forceinline__ void product(float (&d)[kN / 2], const uint32_t (&a)[4],
+                                                 uint64_t b) {
+    using namespace cute::SM90::GMMA;
+    using Op = typename FromRegisters<kN>::Op;
+    call<Op>(d, kAccumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<kN / 2>(),
+             a[0], a[1], a[2], a[3], b);
+  }
+
  private:
+  template <int kN>
+  struct FromRegisters {
+    template <class Bf16, class Fp16>
+    using Typed = std::conditional_t<kBf16, Bf16, Fp16>;
+    template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>
+    static auto pick() {
+      using namespace cute::SM90::GMMA;
+      if constexpr (kN == 64) {
+        return Typed<MMA_64x64x16_F32BF16BF16_RS<kA, kB>, MMA_64x64x16_F32F16F16_RS<kA, kB>>{};
+      } else if constexpr (kN == 32) {
+        return Typed<MMA_64x32x16_F32BF16BF16_RS<kA, kB>, MMA_64x32x16_F32F16F16_RS<kA, kB>>{};
+      } else {
+        static_assert(kN == 16);
+        return Typed<MMA_64x16x16_F32BF16BF16_RS<kA, kB>, MMA_64x16x16_F32F16F16_RS<kA, kB>>{};
+      }
+    }
+    using Op = decltype(pick<kKMajor, kKMajor>());
+  };
   template <class Op, int N, size_t... kIndex, class... Operands>
   static __device__ __forceinline__ void call(float (&d)[N], cute::SM90::GMMA::ScaleOut scale,
                                               std::index_sequence<kIndex...>,

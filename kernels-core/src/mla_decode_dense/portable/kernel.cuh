@@ -142,18 +142,15 @@ __global__ void __launch_bounds__(Config<Cfg>::kThreads, Config<Cfg>::kCtasPerSm
     attend.finish();
     store_item(p, item, attend);
     if (item.num_parts > 1 && p.grid.invariant_splits == 0) {
-      __syncthreads();  // the part is written
-      if (thread == 0) {
-        split_unit(p, item, /*member=*/0).arrive();
-        smem.split_items[smem.num_split_items++] = item;
-      }
+      split_unit(p, item, /*member=*/0, C::kWarps).arrive();
+      if (thread == 0) smem.split_items[smem.num_split_items++] = item;
     }
   }
 
   // The last turn's barrier: all tiles are attended, and the stages free for merging.
-  merge_split_units<C::kType, C::kWarps>(p, smem.split_items, smem.num_split_items, /*member=*/0,
-                                         thread, smem.slabs, &smem.outcome,
-                                         [] { __syncthreads(); });
+  merge_split_units<C::kType, PartColumns::kInOrder, C::kThreads>(
+      p, smem.split_items, smem.num_split_items, /*member=*/0, C::kWarps, thread, smem.slabs,
+      smem.outcomes, [] { __syncthreads(); });
 }
 
 }  // namespace flash_mla::mla_decode_dense::portable

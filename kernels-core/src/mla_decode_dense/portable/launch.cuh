@@ -20,8 +20,9 @@ template <class Cfg>
 const char* supports(const Problem& p) {
   using C = Config<Cfg>;
   static_assert(sizeof(SharedStorage<Cfg>) <= kSmemLimitBytes);
-  static_assert(merge_share_smem_bytes(C::kWarps, C::v.tile_m, kMaxCtas) <=
+  static_assert(merge_smem_bytes(C::kThreads, C::v.tile_m) <=
                 kSlabs * C::kStages * C::kSlabTileBytes);
+  static_assert(kMaxCtas * C::kWarps < 1 << 16);  // what a meeting counts
   if (p.kv.format != C::v.kv) return "serves another cache format";
   if (p.q_dtype != C::v.q) return "serves another dtype of q";
   if (p.d_qk != C::v.d_qk) return "serves another d_qk";
@@ -84,7 +85,8 @@ Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
                              .smem_bytes = sizeof(SharedStorage<Cfg>)};
   FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts</*kProgrammatic=*/false>(params, stream));
   FLASH_MLA_RETURN_IF_ERROR(launch_kernel(decode_kernel<Cfg>, shape, stream, kOperator, params));
-  return launch_merge_fixed_splits<Config<Cfg>::kType, /*kProgrammatic=*/false>(params, stream);
+  return launch_merge_fixed_splits<Config<Cfg>::kType, PartColumns::kInOrder,
+                                   /*kProgrammatic=*/false>(params, stream);
 }
 
 }  // namespace flash_mla::mla_decode_dense::portable

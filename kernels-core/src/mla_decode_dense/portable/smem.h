@@ -22,7 +22,7 @@ struct SharedStorage {
   WorkItem items[3];
   uint32_t valid_keys[C::kWarps][C::kStages];  // bit k: key k of the tile has a page
   WorkItem split_items[2];                     // of this CTA, at most its first and its last
-  uint32_t outcome;
+  uint32_t outcomes[2];                        // of meeting the others that have parts
   int32_t num_split_items;
 
   __device__ WorkItem& item(int number) { return items[number % 3]; }

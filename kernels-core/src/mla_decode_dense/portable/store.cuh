@@ -23,12 +23,16 @@ __device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& i
     if (!rows.valid(p, row)) continue;
     const SoftmaxRow& softmax = attend.softmax[r];
     if (attend.slab() == 0 && c == 0) {
-      *(whole ? rows.lse(p, row) : p.partials.lse(tile) + row) = softmax.lse();
+      if (whole) {
+        *rows.lse(p, row) = softmax.lse();
+      } else {
+        *p.partials.header(tile, row) = {softmax.max_log2, softmax.sum, 0.0f, 0.0f};
+      }
     }
-    const float scale = softmax.empty() ? 0.0f : factor / softmax.sum;
+    const bool normalised = whole || PartialTiles::normalised(kOut);
+    const float scale = !normalised ? 1.0f : softmax.empty() ? 0.0f : factor / softmax.sum;
     uint8_t* const out =
-        (whole ? rows.out(p, row) : p.partials.out(tile) + row * PartialTiles::kRowBytes) +
-        2 * attend.slab() * kSlabCols;
+        (whole ? rows.out(p, row) : p.partials.row(tile, row)) + 2 * attend.slab() * kSlabCols;
     const auto pair = [&](int t0, int i0, int t1, int i1) {
       return pack_out<kOut>(attend.o[t0][2 * r + i0] * scale, attend.o[t1][2 * r + i1] * scale);
     };

@@ -48,7 +48,7 @@ class Attend {
   // two warpgroups so far.
   __device__ __forceinline__ void item(uint32_t index, uint32_t& own, uint32_t& other) {
     slot_ = index % 2;
-    const ItemSlot& slot = smem_.items[slot_];
+    const ItemSlot& slot = smem_.feed.slots[slot_];
     const int32_t tiles = uniform(slot.item.block_end - slot.item.block_begin);
     partial_from_ = uniform(slot.partial_from);
     // A factor that is not positive would turn maxima around: load marks all tiles then.
@@ -109,7 +109,7 @@ class Attend {
   // Column blocks of Q K^T(j) that are issued before P V(j-1): all but the last piece.
   static constexpr int kEarlyBoxes = (kBoxes - 1) / kPieceBlocks * kPieceBlocks;
   static constexpr bool kRope = kBoxes > kVColumnBlocks;
-  static constexpr DType kType = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
+  static constexpr DType kType = kMmaType<Cfg>;
   using Mma = flash_mla::sm90::Wgmma<kType>;
   using Operand = flash_mla::sm90::Operand;
   static constexpr int kSteps = kTileKeys / 16;  // K = 16 of P V
@@ -136,7 +136,7 @@ class Attend {
     __syncwarp();
   }
   __device__ __forceinline__ void release_query() {
-    if (lane_ == 0) flash_mla::sm90::arrive(smem_.q_empty);
+    if (lane_ == 0) flash_mla::sm90::arrive(smem_.feed.q_empty);
     __syncwarp();
   }
 
@@ -216,7 +216,9 @@ class Attend {
   }
 
   // For what is rare, and so shall keep nothing in registers between tiles.
-  __device__ __forceinline__ const volatile ItemSlot& slot() const { return smem_.items[slot_]; }
+  __device__ __forceinline__ const volatile ItemSlot& slot() const {
+    return smem_.feed.slots[slot_];
+  }
 
   // Keys past the cache's end: their P is 0, but their bytes may be NaN. Each warpgroup clears what
   // it multiplies; nobody else reads that any more.

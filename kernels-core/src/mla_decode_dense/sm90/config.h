@@ -3,16 +3,12 @@
 
 #include <cstdint>
 
-#include "device/decode_schedule.cuh"
-#include "device/sm90/mbarrier.cuh"
+#include "mla_decode_dense/sm90/items.cuh"
 #include "runtime/variant.h"
 
 namespace flash_mla::mla_decode_dense::sm90 {
 
-using flash_mla::sm90::Barrier;
-
-inline constexpr int kTileRows = 64;  // M of a wgmma
-inline constexpr int kTileKeys = kBlockKeys;
+inline constexpr int kTileRows = 64;                               // M of a wgmma
 inline constexpr int kTokenBytes = 128;                            // of a row in a column block
 inline constexpr int kColumnsPerBlock = 64;                        // 128 bytes: the swizzle's span
 inline constexpr int kColumnBlockBytes = kTileKeys * kTokenBytes;  // 64 keys x 64 columns
@@ -27,11 +23,6 @@ inline constexpr int kPieceBlocks = 2;
 inline constexpr int kRopePiece = kVColumnBlocks / kPieceBlocks;
 inline constexpr int kPieces = kRopePiece + 1;
 
-inline constexpr int kWarpgroup = 128;
-inline constexpr int kWarpgroupWarps = 4;
-inline constexpr int kConsumers = 2;  // warpgroups
-inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
 // The kernel starts with 168 for each thread, the most that 384 threads can have: what some get,
 // others must give. More would wait for ever.
 inline constexpr int kConsumerRegisters = 208;
@@ -40,32 +31,17 @@ inline constexpr int kRegisters = 65536 / kThreads / 8 * 8;
 static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
               (kConsumers + 1) * kRegisters);
 
-// A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
-// uniform registers, and each wgmma then costs 5 instructions, not 13.
-template <class T>
-__device__ __forceinline__ T uniform(T value) {
-  return __shfl_sync(kAllLanes, value, 0);
-}
-
 // __syncthreads is 0.
 enum HardwareBarrier : int {
   kItemDone = 1,
   kStored = 2,
-  kPartWritten = 3,
-  kMerging = 4,
-  kTailZeroed = 5,  // and the next: one for each warpgroup
+  kMerging = 3,
+  kTailZeroed = 4,  // and the next: one for each warpgroup
 };
 
-// An item, with what load works out for attend.
-struct ItemSlot {
-  WorkItem item;
-  int32_t length;        // cache_seqlens of the request
-  int32_t num_keys;      // that some row to be stored attends; there are pages for them
-  int32_t partial_from;  // tiles from here on may hold keys that some row does not attend
-  float scale_log2;      // logits in units of log2 are q.k times this
-  int32_t only_token;    // the rows of this query token alone are stored; negative: all rows
-  bool last;             // of the passes over a unit's part: see load
-};
+// The type of Q, K, P and the result.
+template <class Cfg>
+inline constexpr DType kMmaType = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
 
 template <class Cfg>
 struct alignas(1024) SharedStorage {
@@ -81,9 +57,6 @@ struct alignas(1024) SharedStorage {
   Barrier kv_empty[kBuffers][kPieces];
   // attend -> attend: a warpgroup has published P of its tile.
   Barrier p_full[kConsumers];
-  // load -> attend, and back; phase: the item.
-  Barrier q_full, q_empty;
-
   // Of the last tile: has some row of a warp a new maximum, which, and the factor of what was
   // summed before. The warp of the other warpgroup that has the same rows reads it before it writes
   // its own.
@@ -93,14 +66,11 @@ struct alignas(1024) SharedStorage {
   float row_sum[2][kConsumers][kTileRows];  // [item % 2]
 
   uint64_t missing_keys[kBuffers];  // bit: the key lies on a page that does not exist
-  ItemSlot items[2];                // [item % 2]
-  PlanStorage plan;
-  WorkItem next_item;  // load's own
-  int32_t passes;      // likewise
+  ItemFeed feed;
 
   WorkItem split_items[2];  // the parts that this CTA has made
   int32_t num_split;
-  uint32_t outcome;
+  uint32_t outcomes[2];  // of meeting the others that have some
 };
 
 }  // namespace flash_mla::mla_decode_dense::sm90

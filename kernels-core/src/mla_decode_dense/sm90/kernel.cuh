@@ -2,21 +2,23 @@
 //
 //   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]     for the 64 query rows r of an M tile
 //
-// Tile: 64 query rows x 64 keys x d_qk (576 or 512) of a 16-bit cache. A CTA walks the keys of its
-// items (device/decode_schedule.h) with Q and two K tiles in shared memory and O in registers.
+// Tile: 64 query rows x 64 keys x d_qk (576 or 512), in 16 bits; float8 caches are converted as
+// they are loaded. A CTA walks the keys of its items (device/decode_schedule.h) with Q and two K
+// tiles in shared memory and O in registers.
 //
 //   warps  registers  role
 //   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
 //   4-7    208        attend: of odd tiles; columns 256-511 of O
-//   8      88         load: the CTA's items, page table, TMA
-//   9-11   88         nothing: registers move by warpgroups
+//   8      88         load: the CTA's items, page table, Q; K of 16-bit caches by TMA
+//   8-11   88         load: K of float8 caches through registers
 //
 // Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, and what config.h lists; one CTA a SM.
 //
 //   barrier         arrivals                            phase
 //   q_full          load + bytes of Q                   item
 //   q_empty         8 consumer warps                    item: its last Q K^T is done
-//   kv_full[b][p]   load + bytes of the piece           fill of buffer b
+//   kv_full[b][p]   load + bytes of the piece, or       fill of buffer b
+//                   4 warps of load that converted it
 //   kv_empty[b][p]  4 warps of the piece's last reader  fill of buffer b
 //   p_full[w]       4 warps of warpgroup w              tile of warpgroup w
 //
@@ -38,8 +40,8 @@ __device__ __forceinline__ void consume(const GpuParams& p, SharedStorage<Cfg>& 
   uint32_t own = 0, other = 0;
 #pragma unroll 1
   for (uint32_t index = 0;; ++index) {
-    flash_mla::sm90::wait(smem.q_full, index % 2);
-    if (uniform(smem.items[index % 2].item.request) < 0) break;
+    flash_mla::sm90::wait(smem.feed.q_full, index % 2);
+    if (uniform(smem.feed.slots[index % 2].item.request) < 0) break;
     attend.item(index, own, other);
     store(p, smem, acc, member, index, wg, attend.row(), attend.lane());
   }
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int wg = 0; wg < kConsumers; ++wg) {
       flash_mla::sm90::init(smem.p_full[wg], kWarpgroupWarps);
     }
-    flash_mla::sm90::init(smem.q_full, 1);
-    flash_mla::sm90::init(smem.q_empty, kConsumers * kWarpgroupWarps);
+    flash_mla::sm90::init(smem.feed.q_full, 1);
+    flash_mla::sm90::init(smem.feed.q_empty, kConsumers * kWarpgroupWarps);
     flash_mla::sm90::fence_barrier_init();
     smem.num_split = 0;
   }
@@ -100,11 +102,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     flash_mla::sm90::take_registers<kConsumerRegisters>();
     consume(p, smem, warpgroup, member);
-    // The last loads have been read: K's buffers are free for the merge.
-    flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads);
-    constexpr DType kOut = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
-    merge_split_units<kOut, kConsumers * kWarpgroupWarps>(
-        p, smem.split_items, smem.num_split, member, thread, smem.k, &smem.outcome,
+    constexpr DType kOut = kMmaType<Cfg>;
+    // Each meeting is behind a barrier, so the last loads have been read: K's buffers are free.
+    merge_split_units<kOut, PartColumns::kFragments, kConsumerThreads>(
+        p, smem.split_items, smem.num_split, member, part_writers(p), thread, smem.k, smem.outcomes,
         [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
   }
 }

@@ -1,6 +1,7 @@
 // mla_decode_dense, row sm90: what the kernel serves, its grid, workspace and tensor maps.
 #pragma once
 
+#include "mla_decode_dense/sm90/fp8/launch.cuh"
 #include "mla_decode_dense/sm90/kernel.cuh"
 #include "runtime/tensor_map.h"
 
@@ -8,26 +9,36 @@ namespace flash_mla::mla_decode_dense::sm90 {
 
 inline constexpr Row kRow = Row::kSm90;
 
+// Float8 caches have a kernel of their own, in tiles of kTileRows rows or fewer.
+template <class Cfg>
+inline constexpr bool kFloat8 = kv_layout(Cfg::v.kv).value == KvValue::kE4m3;
+
+inline int64_t rows_of(const Problem& p) { return p.s_q * (p.h_q / p.kv.h_kv); }
+
 template <class Cfg>
 const char* supports(const Problem& p) {
   if (p.kv.format != Cfg::v.kv) return "serves another cache format";
   if (p.q_dtype != Cfg::v.q) return "serves another dtype of q";
   if (p.d_qk != Cfg::v.d_qk) return "serves another d_qk";
   if (p.kv.page_size < 16) return "needs pages of 16 tokens or more";
+  if (kFloat8<Cfg> && Cfg::v.tile_m < kTileRows && rows_of(p) > Cfg::v.tile_m) {
+    return "serves fewer rows of a key head";
+  }
   return nullptr;
 }
 
-inline DecodeGrid grid_of(const Problem& p) {
+template <class Cfg>
+DecodeGrid grid_of(const Problem& p) {
   const DeviceCaps* caps = nullptr;
   const Status status = device_caps(p.device, &caps);  // selection has asked before
   const int64_t sms = status.ok() ? caps->num_sms : 1;
-  return decode_grid(p.b, p.s_q, p.h_q / p.kv.h_kv, p.kv.h_kv, kTileRows, kMaxTeam, sms,
+  return decode_grid(p.b, p.s_q, p.h_q / p.kv.h_kv, p.kv.h_kv, Cfg::v.tile_m, kMaxTeam, sms,
                      max_blocks(p), p.batch_invariant);
 }
 
 template <class Cfg>
 WorkspaceSize workspace(const Problem& p) {
-  return gpu_workspace(grid_of(p));
+  return gpu_workspace(grid_of<Cfg>(p));
 }
 
 template <class Cfg>
@@ -55,22 +66,32 @@ Status make_maps(const Problem& p, const DecodeGrid& grid, TensorMaps* maps) {
 }
 
 template <class Cfg>
-Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
-  constexpr DType kOut = Cfg::v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
+Status launch_attention(const Problem& p, const GpuParams& params, Stream stream) {
   constexpr size_t kSmemBytes = sizeof(SharedStorage<Cfg>);
   static_assert(kSmemBytes <= 232448);  // what a block can have on sm_90
-  DeviceGuard guard(p.device);
-  FLASH_MLA_RETURN_IF_ERROR(guard.status());
-  const GpuParams params = gpu_params(p, grid_of(p), workspace);
   TensorMaps maps;
   FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, params.grid, &maps));
   const LaunchShape shape = {.grid = dim3(params.grid.num_ctas()),
                              .block = dim3(kThreads),
                              .smem_bytes = kSmemBytes,
                              .programmatic = true};
+  return launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps);
+}
+
+template <class Cfg>
+Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
+  DeviceGuard guard(p.device);
+  FLASH_MLA_RETURN_IF_ERROR(guard.status());
+  const GpuParams params = gpu_params(p, grid_of<Cfg>(p), workspace);
   FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts</*kProgrammatic=*/true>(params, stream));
-  FLASH_MLA_RETURN_IF_ERROR(launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps));
-  return launch_merge_fixed_splits<kOut, /*kProgrammatic=*/true>(params, stream);
+  if constexpr (kFloat8<Cfg>) {
+    FLASH_MLA_RETURN_IF_ERROR(fp8::launch<Cfg>(p, params, stream));
+  } else {
+    FLASH_MLA_RETURN_IF_ERROR(launch_attention<Cfg>(p, params, stream));
+  }
+  return launch_merge_fixed_splits<kMmaType<Cfg>,
+                                   kFloat8<Cfg> ? PartColumns::kInOrder : PartColumns::kFragments,
+                                   /*kProgrammatic=*/true>(params, stream);
 }
 
 }  // namespace flash_mla::mla_decode_dense::sm90

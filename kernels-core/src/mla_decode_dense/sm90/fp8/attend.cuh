@@ -1,0 +1,586 @@
+// The role of a consumer warpgroup: Q K^T and softmax of every second tile, P V of all tiles for
+// its half of the columns; transposed, so that codes become operands in registers.
+//
+//   S^T[64 keys][rows] = K Q^T         A: K, from codes to fp16 in registers; B: Q in shared memory
+//   O^T[256 columns][rows] += V^T P^T  A: V^T, likewise;                      B: P in shared memory
+//
+// A thread's share, with warp w, g = lane / 4, t = lane % 4 (an operand's rows are g and g + 8 of
+// the warp's 16, its depth 2 t, 2 t + 1, 2 t + 8, 2 t + 9):
+//
+// - K: keys 16 w + permuted(g) and 8 on; of a block of 64 columns 16 t to 16 t + 15, four in each
+// of
+//   four steps. Q's columns lie in the same order (load.cuh).
+// - V: columns 64 w + 8 g to 8 g + 7 of the warpgroup's 256, two in each of four products; of a
+//   step of 16 keys those that P has at its depth.
+// - O: these columns of query rows 8 j + 2 t and one on: 16 bytes of a result.
+//
+// Keys are permuted so that eight lanes that read 16 bytes each, or sixteen that read 8, meet all
+// banks.
+//
+// The two warpgroups' turns are half a turn apart, as in the kernel for 16-bit caches, whose rule
+// for the standing maximum is this one's too.
+#pragma once
+
+#include "device/sm90/fragments.cuh"
+#include "device/sm90/wgmma.cuh"
+#include "mla_decode_dense/sm90/fp8/load.cuh"
+
+namespace flash_mla::mla_decode_dense::sm90::fp8 {
+
+inline constexpr float kNoMaximum = -1e30f;  // below every logit that can occur, and finite
+
+// A thread's place in its warpgroup. Read anew for each piece of work: what is computed from it is
+// cheap, and shall not occupy registers from one tile to the next.
+struct Place {
+  int warp, lane, g, t;
+
+  __device__ __forceinline__ Place() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    warp = static_cast<int>(thread) % kWarpgroup / kLanes;
+    lane = static_cast<int>(thread) % kLanes;
+    g = lane / 4;
+    t = lane % 4;
+  }
+};
+
+// The key at place g of eight.
+__device__ __forceinline__ constexpr int permuted(int g) { return g ^ (g % 2 * 4); }
+
+template <class Cfg>
+class Attend {
+  using C = Config<Cfg>;
+  using Operand = flash_mla::sm90::Operand;
+  using Mma = flash_mla::sm90::Wgmma<DType::kFloat16>;
+  using RopeMma = flash_mla::sm90::Wgmma<DType::kBFloat16>;
+  static constexpr int kN = C::kRows;
+  static constexpr int kProducts = 4;  // of 64 columns of V, in a warpgroup's half
+  static constexpr int kSteps = kTileKeys / kDepth;
+  // Products are issued in groups, of which some are under way while the next is converted. With 64
+  // rows there are registers for little.
+  static constexpr int kFlights = 2;
+  static constexpr int kGroup = kN == 64 ? 1 : 2;               // steps of Q K^T
+  static constexpr int kColumnGroup = kN == 64 ? 1 : 2;         // products of P V
+  static constexpr int kBlockSteps = kColumnsPerStep / kDepth;  // of Q K^T, for 64 columns
+
+ public:
+  float o[kProducts][kN / 2];
+  // Of the warp's keys in the tiles that the warpgroup owns, for the rows of sum_row().
+  static constexpr int kSums = kN < 32 ? 1 : kN / 32;
+  float sum[kSums];
+
+  __device__ __forceinline__ Attend(const GpuParams& p, SharedStorage<Cfg>& smem, int wg,
+                                    int32_t member)
+      : p_(p), smem_(smem), member_(member), wg_(wg) {}
+
+  static __device__ __forceinline__ int sum_row(const Place& at, int i) {
+    const int value = kN == 64 ? 2 * at.g + i : kN == 32 ? at.g : at.g / 2;
+    return value / 2 * 8 + 2 * at.t + value % 2;
+  }
+
+  // Attends the tiles of a pass. `first`: tiles before it, over all passes.
+  __device__ __forceinline__ void pass(uint32_t index, uint32_t first) {
+    slot_ = index % 2;
+    const ItemSlot& slot = smem_.feed.slots[slot_];
+    const int32_t tiles = uniform(slot.item.block_end - slot.item.block_begin);
+    partial_from_ = uniform(slot.partial_from);
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+#pragma unroll
+      for (int k = 0; k < kN / 2; ++k) o[i][k] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
+    begin_rows();
+
+    int32_t tile = wg_;
+    if (tile == 0 && tile < tiles) {
+      query_keys(0, first);
+      attend_own(0, first);
+      values_keys(wg_, 0, first);
+      ++own_turn_;
+      tile += kConsumers;
+    }
+#pragma unroll 1
+    for (; tile < tiles; tile += kConsumers) {
+      query_keys(tile, first + tile);
+      attend_own(tile, first + tile);
+      values_keys(wg_ ^ 1, tile - 1, first + tile - 1);
+      ++other_turn_;
+      values_keys(wg_, tile, first + tile);
+      ++own_turn_;
+    }
+    if (tile == tiles && tiles > 0) {  // the other's last tile is the pass's last
+      follow_sums();
+      values_keys(wg_ ^ 1, tiles - 1, first + tiles - 1);
+      ++other_turn_;
+    }
+    flash_mla::sm90::wgmma_wait<0>();
+    pin_output();
+  }
+
+ private:
+  __device__ __forceinline__ void sync_warpgroup() {
+    flash_mla::sm90::named_barrier_sync(kWarpgroupSync + wg_, kWarpgroup);
+  }
+  __device__ __forceinline__ void pin_output() {
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) flash_mla::sm90::pin(o[i]);
+  }
+  __device__ __forceinline__ void pin_logits() { flash_mla::sm90::pin(s_); }
+
+  __device__ __forceinline__ void begin_rows() {
+    // All have stored the last pass's rows; all see this one's.
+    flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+    const int32_t row = static_cast<int32_t>(threadIdx.x);
+    if (row < kN) {
+      smem_.rows[row] = {kNoMaximum, smem_.query_factor[slot_][row]};
+      WorkItem item;
+      item.unit = slot().item.unit;
+      const TileRows rows(p_, item, member_, slot().length);
+      smem_.visible[row] = rows.visible(p_, row) - slot().item.block_begin * kTileKeys;
+    }
+    flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+  }
+
+  __device__ __forceinline__ void wait_for_tile(uint32_t tile) {
+    flash_mla::sm90::wait(smem_.kv_full[tile % C::kStages], tile / C::kStages & 1);
+  }
+  // A thread's keys are this one of the tile and 8 on.
+  static __device__ __forceinline__ int32_t first_key(const Place& at) {
+    return 16 * at.warp + permuted(at.g);
+  }
+
+  // S^T = K Q^T of the own tile.
+  __device__ __forceinline__ void query_keys(int32_t tile_in_pass, uint32_t tile) {
+    wait_for_tile(tile);
+    const Place at;
+    const uint8_t* const k_tile = smem_.k[tile % C::kStages];
+    // 16 codes of the thread's first key in a block's first 64 columns; the others are 64 bytes on,
+    // before the swizzle.
+    const int32_t key = first_key(at);
+    const int32_t offset = key * kCodeBlock + ((at.t ^ permuted(at.g)) << 4);
+    const int32_t rope_offset =
+        C::kLatentBytes + (C::kRopeCodes ? key * 64 + ((at.t ^ permuted(at.g) / 2) << 4) : offset);
+    if constexpr (C::kScaled) {
+      read_exponent(at, 0, tile_in_pass, tile);
+      read_exponent(at, 1, tile_in_pass, tile);
+    }
+    __half2 multiplier[2];
+    constexpr int kBlocks = kLatentDim / kColumnsPerStep + (C::kRope ? 1 : 0);
+    uint32_t a[kFlights][kGroup][4];
+#pragma unroll
+    for (int c = 0; c < kBlocks; ++c) {
+      const bool rope = c == kLatentDim / kColumnsPerStep;
+      const Operand q(smem_.q + c * C::kQueryBlockBytes, flash_mla::sm90::kKMajorLeading);
+      if constexpr (C::kScaled) {
+        if (!rope && c % 2 == 0) {
+          multiplier[0] = __float2half2_rn(unit_scale(at, 0, c / 2, tile));
+          multiplier[1] = __float2half2_rn(unit_scale(at, 1, c / 2, tile));
+        }
+      }
+      uint4 raw[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row =
+            rope ? rope_offset + half * 8 * C::kRopeRowBytes
+                 : (offset ^ c % 2 * 64) + c / 2 * (kTileKeys * kCodeBlock) + half * 8 * kCodeBlock;
+        raw[half] = *reinterpret_cast<const uint4*>(k_tile + row);
+      }
+#pragma unroll
+      for (int first = 0; first < kBlockSteps; first += kGroup) {
+        const int group = (c * kBlockSteps + first) / kGroup;
+        uint32_t (&steps)[kGroup][4] = a[group % kFlights];
+        // The products that read these registers last are done.
+        if (group >= kFlights) flash_mla::sm90::wgmma_wait<kFlights - 1>();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int k = 0; k < kGroup; ++k) {
+            const int step = first + k;
+            if (rope && C::kRopeBf16) {
+              if (step == 2) {
+                raw[half] = *reinterpret_cast<const uint4*>(k_tile + (rope_offset ^ 64) +
+                                                            half * 8 * C::kRopeRowBytes);
+              }
+              // As for the codes, without the power of two that P carries.
+              const __nv_bfloat162 unit = __float2bfloat162_rn(pow2(-exponent_[half]));
+              steps[k][half] = scaled(step % 2 == 0 ? raw[half].x : raw[half].z, unit);
+              steps[k][half + 2] = scaled(step % 2 == 0 ? raw[half].y : raw[half].w, unit);
+              continue;
+            }
+            const uint32_t four = step == 0   ? raw[half].x
+                                  : step == 1 ? raw[half].y
+                                  : step == 2 ? raw[half].z
+                                              : raw[half].w;
+            uint32_t low = halves_of_codes(four), high = halves_of_codes(four >> 16);
+            if constexpr (C::kScaled) {
+              low = scaled(low, multiplier[half]);
+              high = scaled(high, multiplier[half]);
+            }
+            steps[k][half] = low;
+            steps[k][half + 2] = high;
+          }
+        }
+        flash_mla::sm90::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kGroup; ++step) {
+          const uint64_t b = q.at((first + step) * 32);
+          if (group == 0 && step == 0) {
+            Mma::template product<false, kN>(s_, steps[step], b);
+          } else if (rope && C::kRopeBf16) {
+            RopeMma::template product<true, kN>(s_, steps[step], b);
+          } else {
+            Mma::template product<true, kN>(s_, steps[step], b);
+          }
+        }
+        flash_mla::sm90::wgmma_commit();
+      }
+    }
+  }
+  template <class Pair>
+  static __device__ __forceinline__ uint32_t scaled(uint32_t values, Pair multiplier) {
+    const Pair product = __hmul2(reinterpret_cast<const Pair&>(values), multiplier);
+    return reinterpret_cast<const uint32_t&>(product);
+  }
+
+  // v32_fp8: a token's scales are taken as fp16 multipliers up to 2 and a power of two for all
+  // four, which P carries. What is smaller than 2^kLeastExponent times a code is 0, and so are the
+  // codes of tokens past the keys.
+  __device__ __forceinline__ const float* scales_of(const Place& at, int half,
+                                                    uint32_t tile) const {
+    return reinterpret_cast<const float*>(smem_.k[tile % C::kStages] + C::kLatentBytes +
+                                          C::kRopeBytes) +
+           (first_key(at) + 8 * half) * C::kScales;
+  }
+  __device__ __forceinline__ void read_exponent(const Place& at, int half, int32_t tile_in_pass,
+                                                uint32_t tile) {
+    const float4 v = *reinterpret_cast<const float4*>(scales_of(at, half, tile));
+    const float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    const int32_t key = (slot().item.block_begin + tile_in_pass) * kTileKeys + first_key(at);
+    exponent_[half] = key + 8 * half >= slot().num_keys ? kNoKey
+                      : most > 0.0f && most < kInfinity ? max(floor_log2(most), kLeastExponent)
+                                                        : 0;
+  }
+  __device__ __forceinline__ float unit_scale(const Place& at, int half, int i,
+                                              uint32_t tile) const {
+    return exponent_[half] == kNoKey ? 0.0f : scales_of(at, half, tile)[i] * pow2(-exponent_[half]);
+  }
+  // The tile's multipliers, for both warpgroups: a thread writes one of four for each of its keys.
+  __device__ __forceinline__ void write_multipliers(const Place& at, uint32_t tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      smem_.multiplier[wg_][at.t][first_key(at) + 8 * half] =
+          __float2half_rn(unit_scale(at, half, at.t, tile));
+    }
+  }
+  static constexpr int kLeastExponent = -64;
+  static constexpr int kNoKey = kLeastExponent - 1;  // exponent_ of a token past the keys
+
+  // Whether a row's maximum grew in a turn of a warpgroup; turns are counted over all passes.
+  __device__ __forceinline__ bool has_grown(int wg, uint32_t turn) const {
+    return uniform(*static_cast<volatile uint32_t*>(&smem_.grown[wg][turn % 2])) != 0;
+  }
+
+  // The standing maxima of the other's tile are known: takes them over for the sums.
+  __device__ __forceinline__ void follow_sums() {
+    flash_mla::sm90::wait(smem_.max_full[wg_ ^ 1], other_turn_ % 2);
+    if (has_grown(wg_ ^ 1, other_turn_)) rescale_sums(wg_ ^ 1, other_turn_);
+  }
+  __device__ __forceinline__ void rescale_sums(int wg, uint32_t turn) {
+    const Place at;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sum[i] *= smem_.row_factor[wg][turn % 2][sum_row(at, i)];
+  }
+  __device__ __forceinline__ void rescale_output(int wg, uint32_t turn) {
+    const Place at;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float2 f =
+          *reinterpret_cast<const float2*>(&smem_.row_factor[wg][turn % 2][8 * j + 2 * at.t]);
+#pragma unroll
+      for (int i = 0; i < kProducts; ++i) {
+        o[i][4 * j] *= f.x;
+        o[i][4 * j + 1] *= f.y;
+        o[i][4 * j + 2] *= f.x;
+        o[i][4 * j + 3] *= f.y;
+      }
+    }
+  }
+
+  // O^T += V^T P^T of a tile whose P warpgroup `owner` has written.
+  __device__ __forceinline__ void values_keys(int owner, int32_t tile_in_pass, uint32_t tile) {
+    const uint32_t turn = owner == wg_ ? own_turn_ : other_turn_;
+    wait_for_tile(tile);
+    zero_tail(tile_in_pass, tile);
+    flash_mla::sm90::wait(smem_.p_full[owner], turn % 2);
+    flash_mla::sm90::wgmma_wait<0>();
+    pin_output();
+    if (has_grown(owner, turn)) rescale_output(owner, turn);
+    pin_output();
+    const Place at;
+    // 8 codes of keys 2 t and 2 t + 1 of eight, among the warp's 64 columns, half a block.
+    const int32_t chunk = at.warp % 2 * 4 + at.g / 2;
+    const int32_t key[2] = {2 * at.t, permuted(2 * at.t + 1)};
+    const uint8_t* const v = smem_.k[tile % C::kStages] +
+                             (2 * wg_ + at.warp / 2) * (kTileKeys * kCodeBlock) + at.g % 2 * 8;
+    const int32_t offset[2] = {key[0] * kCodeBlock + ((chunk ^ key[0]) << 4),
+                               key[1] * kCodeBlock + ((chunk ^ key[1]) << 4)};
+    const Operand p(smem_.p[owner], flash_mla::sm90::kKMajorLeading);
+    uint32_t a[kFlights][kColumnGroup][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint2 codes[2][2];
+      __half2 multiplier[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t first = 16 * step + 8 * half;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          codes[half][i] = *reinterpret_cast<const uint2*>(v + offset[i] + first * kCodeBlock);
+        }
+        if constexpr (C::kScaled) {
+          const __half* const of = smem_.multiplier[owner][2 * wg_ + at.warp / 2] + first;
+          multiplier[half] = __halves2half2(of[key[0]], of[key[1]]);
+        }
+      }
+#pragma unroll
+      for (int first = 0; first < kProducts; first += kColumnGroup) {
+        const int group = (step * kProducts + first) / kColumnGroup;
+        uint32_t (&columns)[kColumnGroup][4] = a[group % kFlights];
+        if (group >= kFlights) flash_mla::sm90::wgmma_wait<kFlights - 1>();
+#pragma unroll
+        for (int i = 0; i < kColumnGroup; ++i) {  // two columns of this thread
+          const int product = first + i;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t x = product < 2 ? codes[half][0].x : codes[half][0].y;
+            const uint32_t y = product < 2 ? codes[half][1].x : codes[half][1].y;
+            const uint32_t pairs = __byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362);
+            uint32_t low = halves_of_codes(pairs), high = halves_of_codes(pairs >> 16);
+            if constexpr (C::kScaled) {
+              low = scaled(low, multiplier[half]);
+              high = scaled(high, multiplier[half]);
+            }
+            columns[i][2 * half] = low;
+            columns[i][2 * half + 1] = high;
+          }
+        }
+        flash_mla::sm90::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kColumnGroup; ++i) {
+          Mma::template product<true, kN>(o[first + i], columns[i], p.at(step * 32));
+        }
+        flash_mla::sm90::wgmma_commit();
+      }
+    }
+    // All is in registers that this warp needs of the stage.
+    __syncwarp();
+    if (at.lane == 0) flash_mla::sm90::arrive(smem_.kv_empty[tile % C::kStages]);
+    __syncwarp();
+    flash_mla::sm90::wgmma_wait<0>();
+    pin_output();
+    if (owner != wg_) {
+      if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_empty[owner]);
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ const volatile ItemSlot& slot() const {
+    return smem_.feed.slots[slot_];
+  }
+
+  // Keys past the cache's end: their P is 0, but their codes may be NaN. Each warpgroup clears what
+  // it multiplies.
+  __device__ __forceinline__ void zero_tail(int32_t tile_in_pass, uint32_t tile) {
+    if (tile_in_pass < partial_from_) return;
+    const int32_t valid =
+        uniform(slot().num_keys - (slot().item.block_begin + tile_in_pass) * kTileKeys);
+    if (valid >= kTileKeys) return;
+    uint8_t* const half = smem_.k[tile % C::kStages] + 2 * wg_ * (kTileKeys * kCodeBlock);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x % kWarpgroup; i < (kTileKeys - valid) * 16; i += kWarpgroup) {
+      const int32_t key = valid + i / 16;
+      *reinterpret_cast<uint4*>(half + i / 8 % 2 * (kTileKeys * kCodeBlock) + key * kCodeBlock +
+                                i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    flash_mla::sm90::fence_async_proxy();  // the copy engine will write there
+    sync_warpgroup();
+  }
+
+  // Logits of keys that a row does not attend become -inf.
+  __device__ __forceinline__ void look_at_keys(int32_t tile, uint64_t missing) {
+    const Place at;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t key = first_key(at) + 8 * half;
+      const int32_t place = missing >> key & 1 ? kMissing : tile * kTileKeys + key;
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        const int2 visible = *reinterpret_cast<const int2*>(&smem_.visible[8 * j + 2 * at.t]);
+        if (place >= visible.x) s_[4 * j + 2 * half] = -kInfinity;
+        if (place >= visible.y) s_[4 * j + 2 * half + 1] = -kInfinity;
+      }
+    }
+  }
+  static constexpr int32_t kMissing = 0x7fffffff;
+
+  // A logit, in units of log2 over the standing maximum.
+  __device__ __forceinline__ float over_maximum(int i, float max, float factor) const {
+    if constexpr (C::kScaled) {
+      const int half = i / 2 % 2;
+      return fmaf(s_[i], factor * pow2(exponent_[half]), static_cast<float>(exponent_[half]) - max);
+    } else {
+      return fmaf(s_[i], factor, -max);
+    }
+  }
+
+  // Softmax of the own tile.
+  __device__ __forceinline__ void attend_own(int32_t tile, uint32_t count) {
+    flash_mla::sm90::wgmma_wait<0>();
+    pin_logits();
+    const uint64_t missing =
+        *static_cast<volatile uint64_t*>(&smem_.missing_keys[count % C::kStages]);
+    const bool complete = __all_sync(kAllLanes, missing == 0);
+    if (tile >= partial_from_ || !complete) look_at_keys(tile, missing);
+    if (tile > 0) follow_sums();
+
+    // Does a row exceed its standing maximum by much?
+    const Place at;
+    const auto state = [&](int j) {
+      return *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+    };
+    float high = -kInfinity;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float4 rows = state(j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        high =
+            fmaxf(high, over_maximum(4 * j + i, i % 2 ? rows.z : rows.x, i % 2 ? rows.w : rows.y));
+      }
+    }
+    const bool grown = any_in_warpgroup(high > kRescaleThresholdLog2);
+    const uint32_t turn = own_turn_;
+    if (grown) grow(turn);
+    if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][turn % 2] = grown;
+    __syncwarp();
+    if (at.lane == 0) flash_mla::sm90::arrive(smem_.max_full[wg_]);
+    __syncwarp();
+
+    float sums[kN / 4];  // [2 j + e]: of this thread's two keys, for row 8 j + 2 t + e
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float4 rows = state(j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s_[4 * j + i];
+        x = flash_mla::sm90::fast_exp2(
+            over_maximum(4 * j + i, i % 2 ? rows.z : rows.x, i % 2 ? rows.w : rows.y));
+        if (i < 2) {
+          sums[2 * j + i % 2] = C::kScaled ? x * pow2(-exponent_[0]) : x;
+        } else {
+          sums[2 * j + i % 2] += C::kScaled ? x * pow2(-exponent_[1]) : x;
+        }
+      }
+    }
+    add_up<kN / 4, 16>(at, sums);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sum[i] += sums[i];
+    // The other warpgroup is done with P of the last turn.
+    flash_mla::sm90::wait(smem_.p_empty[wg_], (turn + 1) % 2);
+    if constexpr (C::kScaled) write_multipliers(at, count);
+    // A matrix is eight rows of P^T and eight of the warp's keys; lane i addresses row i % 8.
+    const uint32_t to = flash_mla::sm90::smem_address(smem_.p[wg_]) +
+                        (at.lane / 16 * 8 + at.lane % 8) * 128 +
+                        (((2 * at.warp + at.lane / 8 % 2) ^ at.lane % 8) << 4);
+#pragma unroll
+    for (int j = 0; j < kN / 8; j += 2) {
+      uint32_t matrices[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        matrices[i] =
+            flash_mla::sm90::pack<DType::kFloat16>(s_[4 * j + 2 * i], s_[4 * j + 2 * i + 1]);
+      }
+      flash_mla::sm90::store_matrices_transposed(to + j * (8 * 128), matrices);
+    }
+    flash_mla::sm90::fence_async_proxy();
+    __syncwarp();
+    if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_full[wg_]);
+    __syncwarp();
+  }
+
+  // Adds up the first `n` sums over the lanes of a t; each keeps a part of the rows.
+  template <int n, int kDistance>
+  static __device__ __forceinline__ void add_up(const Place& at, float (&sums)[kN / 4]) {
+    if constexpr (n == 1) {
+      sums[0] += __shfl_xor_sync(kAllLanes, sums[0], kDistance);
+      if constexpr (kDistance > 4) add_up<1, kDistance / 2>(at, sums);
+    } else {
+      const bool upper = at.lane & kDistance;
+#pragma unroll
+      for (int i = 0; i < n / 2; ++i) {
+        const float kept = upper ? sums[i + n / 2] : sums[i];
+        const float sent = upper ? sums[i] : sums[i + n / 2];
+        sums[i] = kept + __shfl_xor_sync(kAllLanes, sent, kDistance);
+      }
+      if constexpr (kDistance > 4) add_up<n / 2, kDistance / 2>(at, sums);
+    }
+  }
+
+  __device__ __forceinline__ bool any_in_warpgroup(bool mine) {
+    uint32_t any;
+    asm volatile(
+        "{\n.reg .pred p, q;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "barrier.cta.red.or.pred q, %2, %3, p;\n"
+        "selp.u32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(static_cast<uint32_t>(mine)), "r"(kWarpgroupSync + wg_), "n"(kWarpgroup)
+        : "memory");
+    return any != 0;
+  }
+
+  // The standing maxima become those of the tile, where it has larger ones.
+  __device__ __forceinline__ void grow(uint32_t turn) {
+    const Place at;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float4 rows = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float factor = e == 0 ? rows.y : rows.w;
+        float most =
+            fmaxf(over_maximum(4 * j + e, 0.0f, factor), over_maximum(4 * j + 2 + e, 0.0f, factor));
+#pragma unroll
+        for (int d = 4; d < kLanes; d *= 2) {
+          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, d));
+        }
+        if (at.g == 0) smem_.column_max[at.warp][8 * j + 2 * at.t + e] = most;
+      }
+    }
+    sync_warpgroup();
+    const int row = at.warp * kLanes + at.lane;
+    if (row < kN) {
+      float most = smem_.rows[row].max;
+#pragma unroll
+      for (int w = 0; w < kWarpgroupWarps; ++w) most = fmaxf(most, smem_.column_max[w][row]);
+      smem_.row_factor[wg_][turn % 2][row] = flash_mla::sm90::fast_exp2(smem_.rows[row].max - most);
+      smem_.rows[row].max = most;
+    }
+    sync_warpgroup();
+    rescale_sums(wg_, turn);
+  }
+
+  const GpuParams& p_;
+  SharedStorage<Cfg>& smem_;
+  const int32_t member_;
+  float s_[kN / 2];  // logits of the own tile: [4 j + 2 half + e] for row 8 j + 2 t + e
+  int exponent_[2];  // that P of this thread's keys of the own tile carries (v32_fp8)
+  const int wg_;
+  uint32_t slot_;         // of the pass
+  int32_t partial_from_;  // tiles from here on may hold keys that some row does not attend
+  uint32_t own_turn_ = 0, other_turn_ = 0;  // tiles of the two warpgroups that are done
+};
+
+}  // namespace flash_mla::mla_decode_dense::sm90::fp8

@@ -1,0 +1,97 @@
+// Tile sizes, roles and shared memory of the sm90 kernel for float8 caches.
+#pragma once
+
+#include "device/kv_format.h"
+#include "mla_decode_dense/sm90/items.cuh"
+#include "runtime/variant.h"
+
+namespace flash_mla::mla_decode_dense::sm90::fp8 {
+
+inline constexpr int kCodeBlock = 128;      // codes of a token in a block: the swizzle's span
+inline constexpr int kColumnsPerStep = 64;  // of Q: 128 bytes
+inline constexpr int kDepth = 16;           // K of a wgmma
+
+inline constexpr int kConsumerRegisters = 208;
+inline constexpr int kProducerRegisters = 88;
+
+enum HardwareBarrier : int {  // __syncthreads is 0
+  kItemDone = 1,
+  kMerging = 2,
+  kLoading = 3,
+  kWarpgroupSync = 4,  // and the next: one for each consumer warpgroup
+};
+
+template <class Cfg>
+struct Config {
+  static constexpr KvLayout kLayout = kv_layout(Cfg::v.kv);
+  static constexpr int kRows = Cfg::v.tile_m;  // query rows of a tile: N of a wgmma
+  static constexpr int kDqk = Cfg::v.d_qk;
+  static constexpr bool kRope = kDqk > kLatentDim;
+  // v32_fp8: scales per token and 128 columns, RoPE in bf16.
+  static constexpr bool kScaled = kLayout.scale == KvScale::kFloat32;
+  static constexpr bool kRopeCodes = kRope && !kScaled;
+  static constexpr bool kRopeBf16 = kRope && kScaled;
+  static constexpr int kColumnBlocks = kDqk / kColumnsPerStep;  // of Q
+  static constexpr int kQueryBlockBytes = kRows * 128;
+  static constexpr int kScales = 4;  // of a token
+
+  // A stage of the ring holds 64 tokens as they are in the cache: four blocks of 128 codes, RoPE
+  // (64 codes or 64 bf16), scales.
+  static constexpr int kLatentBytes = kTileKeys * kLatentDim;
+  static constexpr int kRopeRowBytes = kRopeCodes ? 64 : 128;
+  static constexpr int kRopeBytes = kRope ? kTileKeys * kRopeRowBytes : 0;
+  static constexpr int kScaleBytes = kScaled ? kTileKeys * kScales * 4 : 0;
+  static constexpr int kStageBytes = kLatentBytes + kRopeBytes + kScaleBytes;
+  static_assert(kStageBytes % 1024 == 0);
+  static constexpr int kTokenBytes = kScaled ? kLayout.row_bytes : kDqk;
+
+  static constexpr int kFixedBytes =
+      kColumnBlocks * kQueryBlockBytes + kConsumers * kRows * 128 + 8192;
+  static constexpr int kMaxStages = (232448 - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
+};
+
+// Of a query row: the standing maximum of its logits in units of log2, and what q.k times gives
+// them.
+struct RowState {
+  float max;
+  float factor;
+};
+
+template <class Cfg>
+struct alignas(1024) SharedStorage {
+  using C = Config<Cfg>;
+  uint8_t q[C::kColumnBlocks * C::kQueryBlockBytes];
+  uint8_t k[C::kStages][C::kStageBytes];
+  // P^T of the warpgroups' tiles: a row of 64 keys for each query row.
+  uint8_t p[kConsumers][C::kRows * 128];
+
+  Barrier kv_full[C::kStages];   // bytes of a stage
+  Barrier kv_empty[C::kStages];  // 8 warps have read it
+  Barrier max_full[kConsumers];  // 4 warps know the maxima of their tile
+  Barrier p_full[kConsumers];    // 4 warps have written P of their tile
+  Barrier p_empty[kConsumers];   // the other 4 have multiplied it
+
+  alignas(16) RowState rows[C::kRows];
+  alignas(
+      16) int32_t visible[C::kRows];  // keys of the item that the row attends; not positive: none
+  float query_factor[2][C::kRows];    // [pass % 2], from load
+  // Of the last two tiles of a warpgroup: whether some row has a new maximum, and the factors of
+  // what was summed before.
+  uint32_t grown[kConsumers][2];
+  alignas(16) float row_factor[kConsumers][2][C::kRows];
+  float column_max[kWarpgroupWarps][C::kRows];
+  float row_sum[kConsumers * kWarpgroupWarps][C::kRows];
+  // Of the warpgroups' tiles: what a token's codes are multiplied with, and the power of two that P
+  // carries for it (v32_fp8).
+  __half multiplier[kConsumers][C::kScaled ? C::kScales : 1][kTileKeys];
+
+  uint64_t missing_keys[C::kStages];  // bit: the key lies on a page that does not exist
+  ItemFeed feed;
+
+  WorkItem split_items[2];  // the parts that this CTA has made
+  int32_t num_split;
+  uint32_t outcomes[2];  // of meeting the others that have some
+};
+
+}  // namespace flash_mla::mla_decode_dense::sm90::fp8

@@ -1,0 +1,198 @@
+// The role of the producer warpgroup: the CTA's items; queries, converted to fp16 by all its warps;
+// tokens, copied as they are by the copy engine.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "mla_decode_dense/sm90/fp8/config.h"
+#include "mla_decode_dense/sm90/keys.cuh"
+
+namespace flash_mla::mla_decode_dense::sm90::fp8 {
+
+// Bytes; dimensions, innermost first: of a block; token of a page; block; key head; page.
+struct TensorMaps {
+  CUtensorMap codes;
+  CUtensorMap rope;
+  CUtensorMap scales;
+};
+
+__device__ __forceinline__ uint32_t halves_of_codes(uint32_t two) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(two)));
+  return halves;
+}
+
+// Writes 16 columns of a query row, words[2 s] and words[2 s + 1] where thread t of four reads step
+// s of its 16 codes: see attend.cuh.
+__device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t t,
+                                            const uint32_t (&words)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    *reinterpret_cast<uint32_t*>(block + row * 128 + ((i ^ row % 8) << 4) + t * 4) = words[i];
+  }
+}
+
+// A query row times a power of two, so that its largest value is below 2^15: then fp16 holds all
+// that matters of a bf16 row. The factor of its logits makes up for that; a negative one turns the
+// row's sign, so that factors are positive.
+template <class Cfg>
+__device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage<Cfg>& smem,
+                                               const TileRows& rows, int32_t row, int32_t t,
+                                               float scale, float* factor) {
+  using C = Config<Cfg>;
+  const bool valid = rows.valid(p, row);
+  constexpr bool kCodes = Cfg::v.q == DType::kFloat8E4M3;
+  constexpr int kBytes = kCodes ? 1 : 2;
+  const uint8_t* const from =
+      static_cast<const uint8_t*>(p.q) +
+      kBytes * (rows.request * p.q_stride_b + rows.token(p, row) * p.q_stride_s +
+                rows.head(p, row) * p.q_stride_h);
+  float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+  if constexpr (kCodes) {
+#pragma unroll 1
+    for (int c = 0; c < C::kColumnBlocks; ++c) {
+      uint4 codes = make_uint4(0, 0, 0, 0);
+      if (valid) codes = *reinterpret_cast<const uint4*>(from + c * kColumnsPerStep + t * 16);
+      const uint32_t four[4] = {codes.x, codes.y, codes.z, codes.w};
+      uint32_t words[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t two = halves_of_codes(four[i / 2] >> (i % 2 * 16));
+        const __half2 turned =
+            __hmul2(reinterpret_cast<const __half2&>(two), __float2half2_rn(sign));
+        words[i] = reinterpret_cast<const uint32_t&>(turned);
+      }
+      write_query(smem.q + c * C::kQueryBlockBytes, row, t, words);
+    }
+    if (t == 0) *factor = sign == 0.0f ? 1.0f : fabsf(scale);
+  } else {
+    // Columns of this thread: 16 neighbours; in a bf16 RoPE block 8, and 8 half a block on.
+    const auto columns = [&](int c, uint32_t (&words)[8]) {
+      const bool rope = C::kRopeBf16 && c == C::kColumnBlocks - 1;
+      const uint4* const at = reinterpret_cast<const uint4*>(from + c * 128 + t * (rope ? 16 : 32));
+      const uint4 v[2] = {valid ? at[0] : make_uint4(0, 0, 0, 0),
+                          valid ? at[rope ? 4 : 1] : make_uint4(0, 0, 0, 0)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        words[4 * i] = v[i].x;
+        words[4 * i + 1] = v[i].y;
+        words[4 * i + 2] = v[i].z;
+        words[4 * i + 3] = v[i].w;
+      }
+    };
+    __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
+#pragma unroll 3
+    for (int c = 0; c < C::kColumnBlocks; ++c) {
+      uint32_t words[8];
+      columns(c, words);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        most = __hmax2(most, __habs2(reinterpret_cast<const __nv_bfloat162&>(words[i])));
+      }
+    }
+    float largest = fmaxf(__low2float(most), __high2float(most));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const bool ordinary = largest > 0.0f && largest < kInfinity;
+    const int exponent = ordinary ? max(floor_log2(largest) - 14, -120) : 0;
+    sign *= pow2(-exponent);
+#pragma unroll 1
+    for (int c = 0; c < C::kColumnBlocks; ++c) {
+      const bool rope = C::kRopeBf16 && c == C::kColumnBlocks - 1;
+      uint32_t words[8];
+      columns(c, words);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
+        const float a = values.x * sign, b = values.y * sign;
+        words[i] = rope ? pack_out<DType::kBFloat16>(a, b) : pack_out<DType::kFloat16>(a, b);
+      }
+      write_query(smem.q + c * C::kQueryBlockBytes, row, t, words);
+    }
+    if (t == 0) *factor = scale == 0.0f ? 1.0f : fabsf(scale) * pow2(exponent);
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void load_query(const GpuParams& p, SharedStorage<Cfg>& smem,
+                                           const ItemPass& pass) {
+  using C = Config<Cfg>;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x) % kWarpgroup;
+  const float scale = logit_scale_log2(p, pass.rows.request);
+#pragma unroll 1
+  for (int32_t row = thread / 4; row < C::kRows; row += kWarpgroup / 4) {
+    load_query_row(p, smem, pass.rows, row, thread % 4, scale,
+                   &smem.query_factor[pass.index % 2][row]);
+  }
+  flash_mla::sm90::fence_async_proxy();
+}
+
+// By one warp. `fill`: stages filled so far.
+template <class Cfg>
+__device__ __forceinline__ void load_keys(const KeyWalk& keys, const TensorMaps& maps,
+                                          SharedStorage<Cfg>& smem, uint32_t& fill) {
+  using C = Config<Cfg>;
+  using flash_mla::sm90::load_tile;
+  constexpr int kBlocks = kLatentDim / kCodeBlock;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
+  int32_t next_page = keys.box_page(0);
+#pragma unroll 1
+  for (int32_t tile = 0; tile < keys.num_tiles; ++tile, ++fill) {
+    const uint32_t stage = fill % C::kStages;
+    const int32_t page = next_page;
+    next_page = keys.box_page(tile + 1);
+    const uint64_t missing = keys.missing_keys(page);
+    Barrier& full = smem.kv_full[stage];
+    if (lane == 0) {
+      flash_mla::sm90::wait(smem.kv_empty[stage], (fill / C::kStages & 1) ^ 1);
+      smem.missing_keys[stage] = missing;
+      flash_mla::sm90::arrive_expect(full, C::kStageBytes);
+    }
+    __syncwarp();
+    const uint32_t to = flash_mla::sm90::smem_address(smem.k[stage]);
+    const int32_t token = keys.place(tile).offset();
+    const int32_t first = lane * keys.box_keys();  // of the lane's box
+    if (keys.boxes() == 1) {
+      if (lane == 0) load_tile(to, maps.codes, 0, token, 0, keys.kv_head, page, full);
+    } else {
+      for (int32_t block = 0; block < kBlocks; ++block) {
+        if (lane < keys.boxes()) {
+          load_tile(to + block * kTileKeys * kCodeBlock + first * kCodeBlock, maps.codes, 0, token,
+                    block, keys.kv_head, page, full);
+        }
+      }
+    }
+    if (lane < keys.boxes()) {
+      if constexpr (C::kRope) {
+        load_tile(to + C::kLatentBytes + first * C::kRopeRowBytes, maps.rope, 0, token, 0,
+                  keys.kv_head, page, full);
+      }
+      if constexpr (C::kScaled) {
+        load_tile(to + C::kLatentBytes + C::kRopeBytes + first * (C::kScales * 4), maps.scales, 0,
+                  token, 0, keys.kv_head, page, full);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void load(const GpuParams& p, const TensorMaps& maps,
+                                     SharedStorage<Cfg>& smem, const RequestRuns<kThreads>& runs,
+                                     int32_t team, int32_t member) {
+  const bool first_warp = threadIdx.x < kConsumerThreads + kLanes;
+  const auto sync = [] { flash_mla::sm90::named_barrier_sync(kLoading, kWarpgroup); };
+  uint32_t fill = 0;
+  feed_items<Cfg::v.kv>(
+      p, smem.feed, runs, team, member, sync,
+      [&](const ItemPass& pass) {
+        load_query(p, smem, pass);
+        sync();
+      },
+      [&](const ItemPass& pass) {
+        if (first_warp) load_keys(KeyWalk(p, pass), maps, smem, fill);
+      });
+}
+
+}  // namespace flash_mla::mla_decode_dense::sm90::fp8
