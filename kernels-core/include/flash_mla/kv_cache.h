@@ -32,7 +32,8 @@ FLASH_MLA_API Status kv_format_info(KvFormat format, KvFormatInfo* info);
 FLASH_MLA_API Status kv_format_of(const TensorView& cache, KvFormat* format);
 
 // cache[slot] = quantise(kv[token]) for each token; a slot that is negative or outside the cache
-// is skipped. slot = page * page_size + offset.
+// is skipped. slot = page * page_size + offset. NaN becomes one bit pattern of its dtype (+-6 in
+// e2m1) unless kv and cache have the same dtype.
 struct KvCacheAppendArgs {
   uint32_t struct_size = sizeof(KvCacheAppendArgs);
 

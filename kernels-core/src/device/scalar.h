@@ -20,6 +20,12 @@ FLASH_MLA_HD constexpr float pow2(int exponent) {
 
 FLASH_MLA_HD constexpr bool is_nan(float value) { return value != value; }
 
+// Machines differ in the sign and the payload of the NaN that arithmetic gives: results have this
+// one.
+FLASH_MLA_HD constexpr float canonical_nan(float value) {
+  return is_nan(value) ? bits_float(0x7fc00000u) : value;
+}
+
 FLASH_MLA_HD constexpr float abs_float(float value) {
   return bits_float(float_bits(value) & 0x7fffffffu);
 }
@@ -81,11 +87,11 @@ FLASH_MLA_HD constexpr float e4m3_to_float(uint8_t bits) {
                                         : bits_float(((exponent + 120u) << 23) | (mantissa << 20));
   return bits_float(sign | float_bits(magnitude));
 }
-// Rounds to nearest even and saturates at +-448; NaN stays NaN.
+// Rounds to nearest even and saturates at +-448; NaN is 0x7f, whatever its sign.
 FLASH_MLA_HD constexpr uint8_t float_to_e4m3(float value) {
   const uint8_t sign = static_cast<uint8_t>((float_bits(value) >> 24) & 0x80u);
   const float magnitude = abs_float(value);
-  if (is_nan(value)) return static_cast<uint8_t>(sign | 0x7fu);
+  if (is_nan(value)) return 0x7fu;
   if (magnitude >= kE4m3Max) return static_cast<uint8_t>(sign | 0x7eu);
   if (magnitude < pow2(-6)) {  // subnormal: multiples of 2^-9
     return static_cast<uint8_t>(
@@ -112,7 +118,7 @@ FLASH_MLA_HD constexpr float e2m1_to_float(uint8_t nibble) {
                               : pow2(static_cast<int>(exponent) - 1) * (1.0f + 0.5f * mantissa);
   return (nibble & 0x8u) ? -magnitude : magnitude;
 }
-// Rounds to nearest even and saturates at +-6.
+// Rounds to nearest even and saturates at +-6, as NaN does: the format has none.
 FLASH_MLA_HD constexpr uint8_t float_to_e2m1(float value) {
   const uint8_t sign = static_cast<uint8_t>((float_bits(value) >> 28) & 0x8u);
   const float magnitude = abs_float(value);
@@ -124,19 +130,6 @@ FLASH_MLA_HD constexpr uint8_t float_to_e2m1(float value) {
                        : rounded < 4.0f ? static_cast<uint8_t>(2.0f + rounded)
                                         : static_cast<uint8_t>(4.0f + rounded * 0.5f);
   return static_cast<uint8_t>(sign | code);
-}
-
-// The smallest power of two that is at least `value`, for normal positive values.
-FLASH_MLA_HD constexpr float ceil_pow2(float value) {
-  const float floor = pow2(floor_log2(value));
-  return floor == value ? floor : 2.0f * floor;
-}
-
-// The smallest e4m3 that is at least `value`, for values in [2^-6, 448]; ups saturate.
-FLASH_MLA_HD constexpr uint8_t float_to_e4m3_round_up(float value) {
-  const uint8_t nearest = float_to_e4m3(value);
-  return e4m3_to_float(nearest) < value && nearest < 0x7e ? static_cast<uint8_t>(nearest + 1)
-                                                          : nearest;
 }
 
 }  // namespace flash_mla

@@ -1,6 +1,5 @@
 // KV-cache operators on the CPU: one token at a time.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "device/cpu/token.h"
@@ -19,19 +18,33 @@ constexpr int kMaxDim = kLatentDim + kRopeDim;
 // Tokens of a unit of work.
 constexpr int64_t kTokensPerUnit = 16;
 
-void store_plain(const PagedKv& cache, const float* values, float scale, uint8_t* row) {
-  switch (kv_layout(cache.format).value) {
-    case KvValue::kBf16: return cpu::store_row(DType::kBFloat16, values, cache.d_qk, 1.0f, row);
-    case KvValue::kFp16: return cpu::store_row(DType::kFloat16, values, cache.d_qk, 1.0f, row);
-    default:
-      for (int c = 0; c < cache.d_qk; ++c) row[c] = float_to_e4m3(values[c] / scale);
-  }
+// The columns that a format stores as bf16 or fp16, all of them or those of RoPE: from `begin` to
+// d_qk, from byte `offset_bytes` of a token on.
+struct HalfColumns {
+  DType dtype;
+  int begin;
+  int offset_bytes;
+};
+
+HalfColumns half_columns(const PagedKv& cache) {
+  const KvLayout& layout = kv_layout(cache.format);
+  if (layout.packed()) return {DType::kBFloat16, layout.d_nope, layout.rope_offset_bytes};
+  if (layout.value == KvValue::kE4m3) return {DType::kBFloat16, cache.d_qk, 0};
+  return {layout.value == KvValue::kBf16 ? DType::kBFloat16 : DType::kFloat16, 0, 0};
 }
 
-void store_packed(const KvLayout& layout, const float* values, uint8_t* row, uint8_t* scales) {
+void store_rounded(DType dtype, float* values, int count, void* target) {
+  for (int c = 0; c < count; ++c) values[c] = canonical_nan(values[c]);
+  cpu::store_row(dtype, values, count, 1.0f, target);
+}
+
+void store_tiles(const KvLayout& layout, const float* values, uint8_t* row, uint8_t* scales) {
   for (int tile = 0, c = 0; c < layout.d_nope; ++tile, c += layout.scale_tile) {
-    float amax = 0.0f;
-    for (int x = 0; x < layout.scale_tile; ++x) amax = std::fmax(amax, std::fabs(values[c + x]));
+    float amax = 0.0f;  // of the values that are not NaN
+    for (int x = 0; x < layout.scale_tile; ++x) {
+      const float magnitude = abs_float(values[c + x]);
+      if (magnitude > amax) amax = magnitude;
+    }
     const TileScale scale = tile_scale(layout, amax);
     if (layout.scale == KvScale::kFloat32) {
       std::memcpy(scales + tile * sizeof(float), &scale.value, sizeof(float));
@@ -49,44 +62,63 @@ void store_packed(const KvLayout& layout, const float* values, uint8_t* row, uin
       }
     }
   }
-  if (layout.d_rope() > 0) {
-    cpu::store_row(DType::kBFloat16, values + layout.d_nope, layout.d_rope(), 1.0f,
-                   row + layout.rope_offset_bytes);
-  }
   // What lies behind the last scale (a pad byte) is zero, so that equal tokens have equal bytes.
   const int num_tiles = layout.d_nope / layout.scale_tile;
   for (int i = num_tiles; i < layout.page_scale_bytes; ++i) scales[i] = 0;
 }
 
+// kv [d_qk] into the token at `row`.
+void append_token(const Params& p, const uint8_t* kv, uint8_t* row, uint8_t* scales) {
+  const KvLayout& layout = kv_layout(p.cache.format);
+  const HalfColumns half = half_columns(p.cache);
+  const int count = p.cache.d_qk - half.begin;
+  alignas(64) float values[kMaxDim];
+  cpu::load_row(p.kv_dtype, kv, p.cache.d_qk, values);
+  if (layout.packed()) {
+    store_tiles(layout, values, row, scales);
+  } else {
+    const float scale = p.scale == nullptr ? 1.0f : *p.scale;
+    for (int c = 0; c < half.begin; ++c) row[c] = float_to_e4m3(values[c] / scale);
+  }
+  if (half.dtype == p.kv_dtype) {
+    std::memcpy(row + half.offset_bytes, kv + half.begin * sizeof(uint16_t),
+                count * sizeof(uint16_t));
+  } else {
+    store_rounded(half.dtype, values + half.begin, count, row + half.offset_bytes);
+  }
+}
+
+void gather_token(const Params& p, int64_t page, int64_t offset, int32_t head, uint8_t* kv) {
+  const HalfColumns half = half_columns(p.cache);
+  alignas(64) float values[kMaxDim];
+  cpu::load_token(p.cache, page, offset, head, values);
+  if (p.scale != nullptr) {
+    for (int c = 0; c < p.cache.d_qk; ++c) values[c] *= *p.scale;
+  }
+  store_rounded(p.kv_dtype, values, p.cache.d_qk, kv);
+  if (half.dtype == p.kv_dtype) {
+    std::memcpy(kv + half.begin * sizeof(uint16_t),
+                p.cache.row(page, offset, head) + half.offset_bytes,
+                (p.cache.d_qk - half.begin) * sizeof(uint16_t));
+  }
+}
+
 void copy_token(const Params& p, int64_t token, int32_t head) {
   const PagedKv& cache = p.cache;
-  alignas(64) float values[kMaxDim];
   const int64_t element_bytes = p.kv_dtype == DType::kFloat32 ? 4 : 2;
   uint8_t* kv =
       static_cast<uint8_t*>(p.kv) + (token * p.kv_stride_t + head * p.kv_stride_h) * element_bytes;
   const int64_t slot = p.slot(token);
-  const bool exists = cache.has_slot(slot);
-  const int64_t page = exists ? slot / cache.page_size : 0;
-  const int64_t offset = exists ? slot % cache.page_size : 0;
-  const float scale = p.scale == nullptr ? 1.0f : *p.scale;
-  if (p.direction == Direction::kGather) {
-    if (exists) {
-      cpu::load_token(cache, page, offset, head, values);
-    } else {
-      std::fill_n(values, cache.d_qk, 0.0f);
-    }
-    return cpu::store_row(p.kv_dtype, values, cache.d_qk, scale, kv);
+  if (!cache.has_slot(slot)) {
+    if (p.direction == Direction::kGather) std::memset(kv, 0, cache.d_qk * element_bytes);
+    return;
   }
-  if (!exists) return;
-  cpu::load_row(p.kv_dtype, kv, cache.d_qk, values);
+  const int64_t page = slot / cache.page_size;
+  const int64_t offset = slot % cache.page_size;
+  if (p.direction == Direction::kGather) return gather_token(p, page, offset, head, kv);
   // The cache is this call's output: PagedKv points to it as const for the attention kernels.
-  auto* row = const_cast<uint8_t*>(cache.row(page, offset, head));
-  const KvLayout& layout = kv_layout(cache.format);
-  if (layout.packed()) {
-    store_packed(layout, values, row, const_cast<uint8_t*>(cache.scales(page, offset)));
-  } else {
-    store_plain(cache, values, scale, row);
-  }
+  append_token(p, kv, const_cast<uint8_t*>(cache.row(page, offset, head)),
+               const_cast<uint8_t*>(cache.scales(page, offset)));
 }
 
 Status launch(const Problem& p, const Workspace&, Stream) {
