@@ -81,20 +81,44 @@ def kv_cache_empty(
         [num_pages, page_size, 1, bytes_per_token] uint8, a page's bytes rounded up to
         page_align_bytes.
     """
+    return _new_cache(format, num_pages, page_size, num_heads_k, d_qk, device, zeros=True)
+
+
+def _new_cache(
+    format: str,
+    num_pages: int,
+    page_size: int,
+    num_heads_k: int,
+    d_qk: int,
+    device: torch.device | str | None,
+    *,
+    zeros: bool,
+) -> Tensor:
+    """Without `zeros` only what no token covers is 0: the padding of pages."""
     layout = kv_format(format)
+    allocate = torch.zeros if zeros else torch.empty
     if format in _PLAIN_DTYPES:
         shape = (num_pages, page_size, num_heads_k, d_qk)
-        return torch.zeros(shape, dtype=_PLAIN_DTYPES[format], device=device)
+        return allocate(shape, dtype=_PLAIN_DTYPES[format], device=device)
     if num_heads_k != 1:
         raise ValueError(
             f"kv_cache_empty: num_heads_k must be 1 in format {format}, got {num_heads_k}; "
             "leave it out: MLA shares one latent among all query heads"
         )
     token_bytes = layout.bytes_per_token
-    page_bytes = -(-page_size * token_bytes // layout.page_align_bytes) * layout.page_align_bytes
-    pages = torch.zeros((num_pages, page_bytes), dtype=torch.uint8, device=device)
+    used_bytes = page_size * token_bytes
+    page_bytes = -(-used_bytes // layout.page_align_bytes) * layout.page_align_bytes
+    pages = allocate((num_pages, page_bytes), dtype=torch.uint8, device=device)
+    if page_bytes > used_bytes and not zeros:
+        pages[:, used_bytes:] = 0
     shape = (num_pages, page_size, 1, token_bytes)
     return pages.as_strided(shape, (page_bytes, token_bytes, token_bytes, 1))
+
+
+def _all_slots(count: int, device: torch.device) -> Tensor:
+    """0, 1, .. count - 1, in as few bytes as will do."""
+    dtype = torch.int32 if count < 2**31 else torch.int64
+    return torch.arange(count, dtype=dtype, device=device)
 
 
 def kv_cache_append(
@@ -108,7 +132,9 @@ def kv_cache_append(
     """Writes tokens into a cache: cache[slot_mapping[t]] = quantise(kv[t]).
 
     Scales of e4m3 tiles are the smallest power of two >= max(amax / 448, 1e-4); of e2m1 tiles,
-    amax / 6 rounded up to e4m3 and at least 2^-6. RoPE columns are kept in bfloat16.
+    amax / 6 rounded up to e4m3 and at least 2^-6. RoPE columns are kept in bfloat16. A NaN counts
+    for no amax; it stays NaN, without its sign and payload unless kv and cache have one dtype, and
+    becomes +-6 in e2m1. An e4m3 tile with an infinity is read back as NaN.
 
     Args:
         kv: bfloat16, float16 or float32 [n, h_kv, d_qk].
@@ -144,8 +170,8 @@ def kv_cache_pack(kv: Tensor, format: str, *, scale: Tensor | None = None) -> Te
             f"got {list(kv.shape)}; reshape it"
         )
     pages, page_size, heads, d_qk = kv.shape
-    cache = kv_cache_empty(format, pages, page_size, num_heads_k=heads, d_qk=d_qk, device=kv.device)
-    slots = torch.arange(pages * page_size, device=kv.device)
+    cache = _new_cache(format, pages, page_size, heads, d_qk, kv.device, zeros=False)
+    slots = _all_slots(pages * page_size, kv.device)
     # A reshape that cannot be a view copies: packing is not a hot path, kv_cache_append is.
     kv_cache_append(kv.reshape(-1, heads, d_qk), cache, slots, format, scale=scale)
     return cache
@@ -177,6 +203,6 @@ def kv_cache_unpack(
         )
     pages, page_size, heads, width = cache.shape
     d_qk = layout.d_qk or width
-    slots = torch.arange(pages * page_size, device=cache.device)
+    slots = _all_slots(pages * page_size, cache.device)
     kv: Tensor = call(ops.kv_cache_gather.default, cache, slots, layout.name, scale, d_qk, dtype)
     return kv.view(pages, page_size, heads, d_qk)
