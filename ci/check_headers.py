@@ -20,7 +20,13 @@ from pathlib import Path
 
 CORE = Path(__file__).resolve().parent.parent / "kernels-core"
 ROOTS = [CORE / "include", CORE / "src"]
-NVCC_ARCH = {"portable": "sm_80", "sm80": "sm_80", "sm90": "sm_90a", "sm100": "sm_100f"}
+NVCC_ARCH = {
+    "portable": "sm_80",
+    "sm80": "sm_80",
+    "sm89": "sm_89",
+    "sm90": "sm_90a",
+    "sm100": "sm_100f",
+}
 CXX = [os.environ.get("CXX", "g++"), "-x", "c++", "-fsyntax-only", "-fopenmp"]
 NVCC = ["nvcc", "-x", "cu", "-ptx", "-o", os.devnull, "--expt-relaxed-constexpr"]
 

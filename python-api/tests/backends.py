@@ -50,7 +50,8 @@ class Backend:
 
 
 _NO_GPU = None if torch.cuda.is_available() else "no CUDA device"
-_NOT_ON_GPUS = tuple(x for x in OPERATORS if x not in ("mla_decode_dense", "merge_attn_states"))
+_ON_GPUS = ("mla_decode_dense", "merge_attn_states", "kv_cache_append", "kv_cache_gather")
+_NOT_ON_GPUS = tuple(x for x in OPERATORS if x not in _ON_GPUS)
 
 BACKENDS = [
     Backend("cpu", "cpu"),

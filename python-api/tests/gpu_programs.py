@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from device_decode import FORMATS, DenseDecode, dense_decode
+from kv_cache_bytes import PACKED, PLAIN
 from tolerances import assert_bitwise_equal, assert_lse_close, assert_out_close
 from torch import Tensor
+
+import flash_mla
 
 DEVICE = "cuda"
 
@@ -37,6 +40,24 @@ def first_call_under_capture(gen: torch.Generator) -> None:
         eager_out, eager_lse = case.run()
         assert_bitwise_equal(eager_out, out)
         assert_bitwise_equal(eager_lse, lse)
+
+
+def first_kv_cache_call_under_capture(gen: torch.Generator) -> None:
+    for name in (*PLAIN, *PACKED):
+        d_qk = PACKED[name].d_qk if name in PACKED else 576
+        kv = torch.randn(100, 1, d_qk, generator=gen).to(DEVICE, torch.bfloat16)
+        slots = torch.randperm(128, generator=gen)[:100].to(DEVICE)
+        captured, eager = (flash_mla.kv_cache_empty(name, 2, 64, device=DEVICE) for _ in range(2))
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            flash_mla.kv_cache_append(kv, captured, slots, name)
+            read = flash_mla.kv_cache_unpack(captured, name)
+        graph.replay()
+        flash_mla.kv_cache_append(kv, eager, slots, name)
+        assert_bitwise_equal(captured, eager)
+        assert_bitwise_equal(read, flash_mla.kv_cache_unpack(eager, name))
+        assert read.any()
 
 
 class Worker:
@@ -130,7 +151,13 @@ def concurrent_threads(gen: torch.Generator) -> None:
 
 
 PROGRAMS: dict[str, Callable[[torch.Generator], None]] = {
-    f.__name__: f for f in (first_call_under_capture, concurrent_streams, concurrent_threads)
+    f.__name__: f
+    for f in (
+        first_call_under_capture,
+        first_kv_cache_call_under_capture,
+        concurrent_streams,
+        concurrent_threads,
+    )
 }
 
 if __name__ == "__main__":
