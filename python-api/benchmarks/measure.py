@@ -10,9 +10,13 @@ from __future__ import annotations
 import ctypes
 import datetime
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -130,36 +134,47 @@ class Ceilings:
 
     Clocks and neighbours change during a run: call `sample` between the cases, at least 5 times;
     the medians count. On a GPU: torch.sum over 2^30 random float32, and a bf16 product of 8192^3.
-    On a CPU: the sum over 2^26, and a float32 product of 2048^3.
+    On a CPU: the sum over 2^26, and a float32 product of 2048^3. copy=True: also copying those
+    float32, whose bytes count twice, read and written.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, copy: bool = False) -> None:
         self._cuda = device.startswith("cuda")
         n, dim = (1 << 30, 8192) if self._cuda else (1 << 26, 2048)
         self._vector = torch.rand(n, device=device)
         dtype = torch.bfloat16 if self._cuda else torch.float32
         self._a, self._b = (torch.randn(dim, dim, device=device, dtype=dtype) for _ in range(2))
+        self._target = torch.empty_like(self._vector) if copy else None
         self._read_gbps: list[float] = []
         self._gemm_tflops: list[float] = []
+        self._copy_gbps: list[float] = []
 
     def sample(self) -> None:
-        read, gemm = self._vector.sum, lambda: self._a @ self._b
+        calls = [self._vector.sum, lambda: self._a @ self._b]
+        if self._target is not None:
+            target = self._target
+            calls.append(lambda: target.copy_(self._vector))
         if self._cuda:
-            read_us, gemm_us = time_cuda(read), time_cuda(gemm)
+            times = [time_cuda(call) for call in calls]
         else:
-            read_us, gemm_us = time_cpu([read, gemm], budget_s=0.05, min_rounds=3)
-        self._read_gbps.append(self._vector.nbytes / read_us * 1e-3)
-        self._gemm_tflops.append(2 * self._a.shape[0] ** 3 / gemm_us * 1e-6)
+            times = time_cpu(calls, budget_s=0.05, min_rounds=3)
+        self._read_gbps.append(self._vector.nbytes / times[0] * 1e-3)
+        self._gemm_tflops.append(2 * self._a.shape[0] ** 3 / times[1] * 1e-6)
+        if self._target is not None:
+            self._copy_gbps.append(2 * self._vector.nbytes / times[2] * 1e-3)
 
     @property
     def samples(self) -> int:
         return len(self._read_gbps)
 
     def medians(self) -> dict[str, float]:
-        return {
+        medians = {
             "read_gbps": round(statistics.median(self._read_gbps), 1),
             "gemm_tflops": round(statistics.median(self._gemm_tflops), 3),
         }
+        if self._copy_gbps:
+            medians["copy_gbps"] = round(statistics.median(self._copy_gbps), 1)
+        return medians
 
 
 class SmClock:
@@ -205,6 +220,44 @@ class SmClock:
         finally:
             done.set()
             thread.join()
+
+
+# --------------------------------------------------------------------------------------------------
+# Which kernel
+# --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """A variable of the environment, which the library reads at each call; None changes nothing."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if value is not None:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
+
+
+def variant_of(operator: str, call: Callable[[], Any]) -> str:
+    """The operator's kernel that a call runs, which the library says on stderr when asked to."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            with environment("FLASH_MLA_LOG", "select"):
+                call()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        log.seek(0)
+        lines = log.read().decode(errors="replace")
+    chosen = re.search(rf"{operator} -> ([^;\s]+)", lines)
+    return chosen[1] if chosen else "?"
 
 
 # --------------------------------------------------------------------------------------------------

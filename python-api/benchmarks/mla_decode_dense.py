@@ -19,14 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +34,14 @@ from measure import (
     Ceilings,
     SmClock,
     Table,
+    environment,
     machine_facts,
     result_row,
     results_folder,
     time_cuda,
     time_cuda_graph,
     time_cuda_host,
+    variant_of,
     write_json,
 )
 from torch import Tensor
@@ -293,39 +291,6 @@ class Inputs:
         return ""
 
 
-@contextmanager
-def environment(name: str, value: str | None) -> Iterator[None]:
-    """A variable of the environment, which the library reads at each call; None changes nothing."""
-    before = os.environ.get(name)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        if value is not None:
-            del os.environ[name]
-            if before is not None:
-                os.environ[name] = before
-
-
-def variant_of(call: Callable[[], Any]) -> str:
-    """The kernel that a call runs, which the library says on stderr when asked to."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            with environment("FLASH_MLA_LOG", "select"):
-                call()
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        log.seek(0)
-        lines = log.read().decode(errors="replace")
-    chosen = re.search(rf"{OPERATOR} -> ([^;\s]+)", lines)
-    return chosen[1] if chosen else "?"
-
-
 # --------------------------------------------------------------------------------------------------
 # Measuring
 # --------------------------------------------------------------------------------------------------
@@ -369,7 +334,7 @@ def measure(case: Case, effort: Effort, clock: SmClock, batch_invariant: bool) -
         inputs = Inputs(case)
         row |= {"flops": inputs.flops, "bytes": inputs.bytes}
         try:
-            row["variant"] = variant_of(inputs.call)
+            row["variant"] = variant_of(OPERATOR, inputs.call)
         except NotImplementedError as error:
             return row | {"error": str(error)}
         row["error"] = inputs.error(*inputs.call())
