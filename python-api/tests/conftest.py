@@ -64,6 +64,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield chosen
 
 
+@pytest.fixture(autouse=True)
+def _backends_of_other_tests_are_not_forced(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend stays set up until the session's next one is."""
+    if "backend" not in request.fixturenames:
+        monkeypatch.delenv("FLASH_MLA_KERNEL", raising=False)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """What a backend that is still being built does not serve is skipped, with its own reason."""

@@ -37,7 +37,10 @@ enum HardwareBarrier : int {
   kStored = 2,
   kMerging = 3,
   kTailZeroed = 4,  // and the next: one for each warpgroup
+  kLoading = 6,
 };
+
+inline constexpr int kLoadWarps = 2;
 
 // The type of Q, K, P and the result.
 template <class Cfg>

@@ -99,6 +99,13 @@ __device__ __forceinline__ bool has_nonfinite_late_key(const GpuParams& p, const
   return __any_sync(kAllLanes, found);
 }
 
+// What load_keys() asks for first of all.
+__device__ __forceinline__ void prefetch_page(const GpuParams& p, const WorkItem& item) {
+  const int32_t entry = item.block_begin * kTileKeys / static_cast<int32_t>(p.kv.page_size);
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(
+      p.block_table + item.request * p.block_table_stride_b + entry * p.block_table_stride_p));
+}
+
 // The keys that an item's pass walks.
 struct ItemPass {
   const TileRows& rows;
@@ -108,28 +115,30 @@ struct ItemPass {
   uint32_t index;    // of the pass, over all items
 };
 
-// Plans the CTA's items and hands them over, one pass after the other: load_query(pass) when the
-// consumers are done with the last one's, publish(), load_keys(pass). By the warps of the producer,
-// which sync() synchronises; the first warp leads.
+// Plans the CTA's items and hands them over, pass after pass. By `kWarps` warps of the producer,
+// which sync() synchronises: the first one plans and calls load_keys(pass), which may run ahead of
+// the consumers; the others call load_query(pass) when the consumers are done with the last one's,
+// and publish the pass.
 template <KvFormat kFormat, class Sync, class LoadQuery, class LoadKeys>
 __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
                                            const RequestRuns<kThreads>& runs, int32_t team,
                                            int32_t member, const Sync& sync,
                                            const LoadQuery& load_query, const LoadKeys& load_keys) {
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kConsumerThreads;
-  const bool leader = thread == 0;
+  const bool plans = thread < kLanes;
   const RequestBlocks num_blocks{p};
 
-  if (thread < kLanes) make_plan(p.grid, team, num_blocks, runs, feed.plan);
+  if (plans) make_plan(p.grid, team, num_blocks, runs, feed.plan);
   uint32_t index = 0;
 #pragma unroll 1
   while (true) {
-    if (thread < kLanes) {
-      if (leader) {
+    if (plans) {
+      if (thread == 0) {
         feed.item = next_item(p.grid, team, feed.plan, p.list, p.num_listed, num_blocks);
       }
       __syncwarp();
       const WorkItem item = feed.item;
+      if (thread == 0 && item.block_begin < item.block_end) prefetch_page(p, item);
       const int32_t length = item.valid() ? request_length(p, item.request) : 0;
       const TileRows rows(p, item, member, length);
       int32_t passes = 1;
@@ -141,7 +150,7 @@ __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
         // a pass of its own, without the later keys.
         passes = rows.num_tokens(p);
       }
-      if (leader) {
+      if (thread == 0) {
         feed.length = length;
         feed.passes = passes;
       }
@@ -161,26 +170,30 @@ __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
       const int32_t num_tiles = valid ? max(0, block_end - item.block_begin) : 0;
       const ItemPass pass = {rows, item.block_begin, num_tiles, num_keys, index};
 
-      if (index > 0) flash_mla::sm90::wait(feed.q_empty, (index - 1) % 2);
-      if (num_tiles > 0) load_query(pass);
-      if (leader) {
-        ItemSlot& slot = feed.slots[index % 2];
-        slot.item = item;
-        slot.item.block_end = item.block_begin + num_tiles;
-        slot.length = rows.length;
-        slot.num_keys = num_keys;
-        slot.only_token = apart ? rows.first_token + i : -1;
-        slot.last = i == feed.passes - 1;
-        slot.scale_log2 = valid ? logit_scale_log2(p, item.request) : 0.0f;
-        // The first row is that of the earliest token.
-        const int32_t whole_keys = apart ? num_keys : rows.visible(p, 0);
-        slot.partial_from = slot.scale_log2 > 0.0f ? whole_keys / kTileKeys - item.block_begin : 0;
-        flash_mla::sm90::arrive(feed.q_full);
+      if (plans) {
+        if (num_tiles > 0) load_keys(pass);
+      } else {
+        if (index > 0) flash_mla::sm90::wait(feed.q_empty, (index - 1) % 2);
+        if (num_tiles > 0) load_query(pass);
+        if (thread == kLanes) {
+          ItemSlot& slot = feed.slots[index % 2];
+          slot.item = item;
+          slot.item.block_end = item.block_begin + num_tiles;
+          slot.length = rows.length;
+          slot.num_keys = num_keys;
+          slot.only_token = apart ? rows.first_token + i : -1;
+          slot.last = i == feed.passes - 1;
+          slot.scale_log2 = valid ? logit_scale_log2(p, item.request) : 0.0f;
+          // The first row is that of the earliest token.
+          const int32_t whole_keys = apart ? num_keys : rows.visible(p, 0);
+          slot.partial_from =
+              slot.scale_log2 > 0.0f ? whole_keys / kTileKeys - item.block_begin : 0;
+          flash_mla::sm90::arrive(feed.q_full);
+        }
+        __syncwarp();
       }
-      __syncwarp();
       ++index;
       if (!valid) return;
-      load_keys(pass);
     }
     sync();  // all have read the item
   }

@@ -9,8 +9,9 @@
 //   warps  registers  role
 //   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
 //   4-7    208        attend: of odd tiles; columns 256-511 of O
-//   8      88         load: the CTA's items, page table, Q; K of 16-bit caches by TMA
-//   8-11   88         load: K of float8 caches through registers
+//   8      88         load: the CTA's items, page table, K
+//   9      88         load: Q, and what attend must know of an item
+//   10-11  88         nothing: registers move by warpgroups
 //
 // Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, and what config.h lists; one CTA a SM.
 //
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kConsumers) {
     flash_mla::sm90::give_registers<kProducerRegisters>();
-    if (thread < kConsumerThreads + kLanes) load(p, maps, smem, runs, team, member);
+    if (thread < kConsumerThreads + kLoadWarps * kLanes) load(p, maps, smem, runs, team, member);
   } else {
     flash_mla::sm90::take_registers<kConsumerRegisters>();
     consume(p, smem, warpgroup, member);

@@ -12,11 +12,9 @@ struct TilePlace {
   int32_t entry;   // of block_table, of the tile's first page
   int32_t within;  // tiles before this one on its page
 
-  __device__ TilePlace(int32_t block, int32_t page_size) {
+  __device__ TilePlace(int32_t block, int32_t page_size, int32_t boxes) {
     const int32_t page_tiles = page_size / kTileKeys;
-    entry = page_tiles == 0   ? block * (kTileKeys / page_size)
-            : page_tiles == 1 ? block
-                              : block / page_tiles;
+    entry = page_tiles == 0 ? block * boxes : page_tiles == 1 ? block : block / page_tiles;
     within = page_tiles <= 1 ? 0 : block - entry * page_tiles;
   }
   __device__ int32_t offset() const { return within * kTileKeys; }  // the tile's first token on it
@@ -30,6 +28,7 @@ struct KeyWalk {
   const GpuParams& p;
   const int32_t request, kv_head;
   const int32_t first_block, num_tiles, num_keys;
+  const int32_t page_size, box_keys, boxes;
 
   __device__ __forceinline__ KeyWalk(const GpuParams& p, const ItemPass& pass)
       : p(p),
@@ -37,15 +36,13 @@ struct KeyWalk {
         kv_head(pass.rows.kv_head),
         first_block(pass.first_block),
         num_tiles(pass.num_tiles),
-        num_keys(pass.num_keys) {}
+        num_keys(pass.num_keys),
+        page_size(static_cast<int32_t>(p.kv.page_size)),
+        box_keys(min(page_size, kTileKeys)),
+        boxes(kTileKeys / box_keys) {}
 
-  __device__ __forceinline__ int32_t page_size() const {
-    return static_cast<int32_t>(p.kv.page_size);
-  }
-  __device__ __forceinline__ int32_t box_keys() const { return min(page_size(), kTileKeys); }
-  __device__ __forceinline__ int32_t boxes() const { return kTileKeys / box_keys(); }
   __device__ __forceinline__ TilePlace place(int32_t tile) const {
-    return {first_block + tile, page_size()};
+    return {first_block + tile, page_size, boxes};
   }
   __device__ __forceinline__ int32_t first_key(int32_t tile) const {
     return (first_block + tile) * kTileKeys;
@@ -54,12 +51,12 @@ struct KeyWalk {
   // not exist, and past the keys. It takes a load from memory: ask for it a tile ahead.
   __device__ __forceinline__ int32_t box_page(int32_t tile) const {
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
-    const int32_t box = lane < boxes() ? lane : 0;
+    const int32_t box = lane < boxes ? lane : 0;
     // Nobody waits long for a later part of the table.
     if (lane == 0 && first_key(tile + kTableAhead) < num_keys) {
       asm volatile("prefetch.global.L1 [%0];" ::"l"(entry(tile + kTableAhead, 0)));
     }
-    if (first_key(tile) + box * box_keys() >= num_keys) return -1;
+    if (first_key(tile) + box * box_keys >= num_keys) return -1;
     const int32_t page = *entry(tile, box);
     return page < p.kv.num_pages ? page : -1;
   }
@@ -77,10 +74,10 @@ struct KeyWalk {
     uint64_t missing = 0;
     if (__any_sync(kAllLanes, page < 0)) {
 #pragma unroll 1
-      for (int32_t box = 0; box < boxes(); ++box) {
+      for (int32_t box = 0; box < boxes; ++box) {
         if (__shfl_sync(kAllLanes, page, box) < 0) {
-          missing |= (boxes() == 1 ? ~uint64_t{0} : (uint64_t{1} << box_keys()) - 1)
-                     << (box * box_keys());
+          missing |= (boxes == 1 ? ~uint64_t{0} : (uint64_t{1} << box_keys) - 1)
+                     << (box * box_keys);
         }
       }
     }
@@ -110,9 +107,9 @@ class Prefetch {
     if (tile_ > tile + kPrefetchTiles) return;
     // One request a page to the copy engine, which has enough to do: only where tokens lie
     // together.
-    if (page_ >= 0 && static_cast<int32_t>(threadIdx.x) % kLanes < keys.boxes()) {
+    if (page_ >= 0 && static_cast<int32_t>(threadIdx.x) % kLanes < keys.boxes) {
       flash_mla::sm90::prefetch_bytes(keys.address(page_, keys.place(tile_).offset()),
-                                      kTokenBytes * keys.box_keys());
+                                      kTokenBytes * keys.box_keys);
     }
     tile_ += keys.p.grid.team;
     page_ = keys.box_page(tile_);

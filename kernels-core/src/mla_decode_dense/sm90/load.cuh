@@ -1,4 +1,4 @@
-// The role of the producer warp: the CTA's items, query tiles and K tiles by the copy engine.
+// The role of two producer warps: the CTA's items, query tiles and K tiles by the copy engine.
 #pragma once
 
 #include "mla_decode_dense/sm90/config.h"
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_keys(const KeyWalk& keys, const TensorMaps&
       if (piece == first_piece) smem.missing_keys[buffer] = missing;
       flash_mla::sm90::arrive_expect(full[piece], column_blocks * kColumnBlockBytes);
     };
-    if (keys.boxes() == 1) {
+    if (keys.boxes == 1) {
       if (leader) {
         in_order([&](int32_t piece, int32_t column_blocks) {
           announce(piece, column_blocks);
@@ -78,15 +78,15 @@ __device__ __forceinline__ void load_keys(const KeyWalk& keys, const TensorMaps&
         });
       }
     } else {  // a lane for each box of the piece
-      const int32_t box = lane % keys.boxes(), block = lane / keys.boxes();
+      const int32_t box = lane % keys.boxes, block = lane / keys.boxes;
       const int32_t page_of_box = __shfl_sync(kAllLanes, page, box);
       in_order([&](int32_t piece, int32_t column_blocks) {
         if (leader) announce(piece, column_blocks);
         __syncwarp();
         const int32_t c = piece * kPieceBlocks + block;
         if (block < column_blocks) {
-          load_tile(to + c * kColumnBlockBytes + box * keys.box_keys() * kTokenBytes, maps.kv_one,
-                    0, 0, c, keys.kv_head, page_of_box, full[piece]);
+          load_tile(to + c * kColumnBlockBytes + box * keys.box_keys * kTokenBytes, maps.kv_one, 0,
+                    0, c, keys.kv_head, page_of_box, full[piece]);
         }
       });
     }
@@ -102,7 +102,8 @@ __device__ __forceinline__ void load(const GpuParams& p, const TensorMaps& maps,
   const bool leader = threadIdx.x % kLanes == 0;
   uint32_t fills = 0;
   feed_items<Cfg::v.kv>(
-      p, smem.feed, runs, team, member, [] { __syncwarp(); },
+      p, smem.feed, runs, team, member,
+      [] { flash_mla::sm90::named_barrier_sync(kLoading, kLoadWarps * kLanes); },
       [&](const ItemPass& pass) {
         if (leader) load_query(p, maps, smem, pass.rows);
       },

@@ -61,6 +61,7 @@ class Attend {
   static constexpr int kFlights = 2;
   static constexpr int kGroup = kN == 64 ? 1 : 2;               // steps of Q K^T
   static constexpr int kColumnGroup = kN == 64 ? 1 : 2;         // products of P V
+  static constexpr bool kLoadsAhead = kN < 64 || !C::kScaled;   // codes of the next step
   static constexpr int kBlockSteps = kColumnsPerStep / kDepth;  // of Q K^T, for 64 columns
 
  public:
@@ -168,6 +169,17 @@ class Attend {
     }
     __half2 multiplier[2];
     constexpr int kBlocks = kLatentDim / kColumnsPerStep + (C::kRope ? 1 : 0);
+    uint4 codes[2][2];  // of a block, for the thread's two keys
+    const auto load_codes = [&](int c) {
+      const bool rope = c == kLatentDim / kColumnsPerStep;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row =
+            rope ? rope_offset + half * 8 * C::kRopeRowBytes
+                 : (offset ^ c % 2 * 64) + c / 2 * (kTileKeys * kCodeBlock) + half * 8 * kCodeBlock;
+        codes[c % 2][half] = *reinterpret_cast<const uint4*>(k_tile + row);
+      }
+    };
     uint32_t a[kFlights][kGroup][4];
 #pragma unroll
     for (int c = 0; c < kBlocks; ++c) {
@@ -179,14 +191,9 @@ class Attend {
           multiplier[1] = __float2half2_rn(unit_scale(at, 1, c / 2, tile));
         }
       }
-      uint4 raw[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row =
-            rope ? rope_offset + half * 8 * C::kRopeRowBytes
-                 : (offset ^ c % 2 * 64) + c / 2 * (kTileKeys * kCodeBlock) + half * 8 * kCodeBlock;
-        raw[half] = *reinterpret_cast<const uint4*>(k_tile + row);
-      }
+      if (c == 0 || !kLoadsAhead) load_codes(c);
+      if (kLoadsAhead && c + 1 < kBlocks) load_codes(c + 1);
+      uint4(&raw)[2] = codes[c % 2];
 #pragma unroll
       for (int first = 0; first < kBlockSteps; first += kGroup) {
         const int group = (c * kBlockSteps + first) / kGroup;
@@ -327,23 +334,30 @@ class Attend {
     const int32_t offset[2] = {key[0] * kCodeBlock + ((chunk ^ key[0]) << 4),
                                key[1] * kCodeBlock + ((chunk ^ key[1]) << 4)};
     const Operand p(smem_.p[owner], flash_mla::sm90::kKMajorLeading);
-    uint32_t a[kFlights][kColumnGroup][4];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint2 codes[2][2];
-      __half2 multiplier[2];
+    uint2 all_codes[2][2][2];
+    __half2 multipliers[2][2];
+    const auto load_step = [&](int step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t first = 16 * step + 8 * half;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          codes[half][i] = *reinterpret_cast<const uint2*>(v + offset[i] + first * kCodeBlock);
+          all_codes[step % 2][half][i] =
+              *reinterpret_cast<const uint2*>(v + offset[i] + first * kCodeBlock);
         }
         if constexpr (C::kScaled) {
           const __half* const of = smem_.multiplier[owner][2 * wg_ + at.warp / 2] + first;
-          multiplier[half] = __halves2half2(of[key[0]], of[key[1]]);
+          multipliers[step % 2][half] = __halves2half2(of[key[0]], of[key[1]]);
         }
       }
+    };
+    uint32_t a[kFlights][kColumnGroup][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step == 0 || !kLoadsAhead) load_step(step);
+      if (kLoadsAhead && step + 1 < kSteps) load_step(step + 1);
+      uint2(&codes)[2][2] = all_codes[step % 2];
+      __half2(&multiplier)[2] = multipliers[step % 2];
 #pragma unroll
       for (int first = 0; first < kProducts; first += kColumnGroup) {
         const int group = (step * kProducts + first) / kColumnGroup;

@@ -18,7 +18,8 @@ enum HardwareBarrier : int {  // __syncthreads is 0
   kItemDone = 1,
   kMerging = 2,
   kLoading = 3,
-  kWarpgroupSync = 4,  // and the next: one for each consumer warpgroup
+  kQueryWritten = 4,
+  kWarpgroupSync = 5,  // and the next: one for each consumer warpgroup
 };
 
 template <class Cfg>

@@ -10,7 +10,7 @@
 //   warps  registers  role
 //   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
 //   4-7    208        attend: of odd tiles; columns 256-511 of O
-//   8-11   88         load: the CTA's items, page table, K by TMA (warp 8); Q, converted
+//   8-11   88         load: the CTA's items, page table, K by TMA (warp 8); Q, converted (9-11)
 //
 //   barrier      arrivals                          phase
 //   q_full       load                              pass

@@ -1,4 +1,4 @@
-// The role of the producer warpgroup: the CTA's items; queries, converted to fp16 by all its warps;
+// The role of the producer warpgroup: the CTA's items; queries, converted to fp16 by three warps;
 // tokens, copied as they are by the copy engine.
 #pragma once
 
@@ -114,18 +114,22 @@ __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage
   }
 }
 
+// By the producer's warps but the first.
+inline constexpr int kQueryThreads = kWarpgroup - kLanes;
+
 template <class Cfg>
 __device__ __forceinline__ void load_query(const GpuParams& p, SharedStorage<Cfg>& smem,
                                            const ItemPass& pass) {
   using C = Config<Cfg>;
-  const int32_t thread = static_cast<int32_t>(threadIdx.x) % kWarpgroup;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x) - kConsumerThreads - kLanes;
   const float scale = logit_scale_log2(p, pass.rows.request);
 #pragma unroll 1
-  for (int32_t row = thread / 4; row < C::kRows; row += kWarpgroup / 4) {
+  for (int32_t row = thread / 4; row < C::kRows; row += kQueryThreads / 4) {
     load_query_row(p, smem, pass.rows, row, thread % 4, scale,
                    &smem.query_factor[pass.index % 2][row]);
   }
   flash_mla::sm90::fence_async_proxy();
+  flash_mla::sm90::named_barrier_sync(kQueryWritten, kQueryThreads);
 }
 
 // By one warp. `fill`: stages filled so far.
@@ -152,18 +156,18 @@ __device__ __forceinline__ void load_keys(const KeyWalk& keys, const TensorMaps&
     __syncwarp();
     const uint32_t to = flash_mla::sm90::smem_address(smem.k[stage]);
     const int32_t token = keys.place(tile).offset();
-    const int32_t first = lane * keys.box_keys();  // of the lane's box
-    if (keys.boxes() == 1) {
+    const int32_t first = lane * keys.box_keys;  // of the lane's box
+    if (keys.boxes == 1) {
       if (lane == 0) load_tile(to, maps.codes, 0, token, 0, keys.kv_head, page, full);
     } else {
       for (int32_t block = 0; block < kBlocks; ++block) {
-        if (lane < keys.boxes()) {
+        if (lane < keys.boxes) {
           load_tile(to + block * kTileKeys * kCodeBlock + first * kCodeBlock, maps.codes, 0, token,
                     block, keys.kv_head, page, full);
         }
       }
     }
-    if (lane < keys.boxes()) {
+    if (lane < keys.boxes) {
       if constexpr (C::kRope) {
         load_tile(to + C::kLatentBytes + first * C::kRopeRowBytes, maps.rope, 0, token, 0,
                   keys.kv_head, page, full);
@@ -181,18 +185,12 @@ template <class Cfg>
 __device__ __forceinline__ void load(const GpuParams& p, const TensorMaps& maps,
                                      SharedStorage<Cfg>& smem, const RequestRuns<kThreads>& runs,
                                      int32_t team, int32_t member) {
-  const bool first_warp = threadIdx.x < kConsumerThreads + kLanes;
-  const auto sync = [] { flash_mla::sm90::named_barrier_sync(kLoading, kWarpgroup); };
   uint32_t fill = 0;
   feed_items<Cfg::v.kv>(
-      p, smem.feed, runs, team, member, sync,
-      [&](const ItemPass& pass) {
-        load_query(p, smem, pass);
-        sync();
-      },
-      [&](const ItemPass& pass) {
-        if (first_warp) load_keys(KeyWalk(p, pass), maps, smem, fill);
-      });
+      p, smem.feed, runs, team, member,
+      [] { flash_mla::sm90::named_barrier_sync(kLoading, kWarpgroup); },
+      [&](const ItemPass& pass) { load_query(p, smem, pass); },
+      [&](const ItemPass& pass) { load_keys(KeyWalk(p, pass), maps, smem, fill); });
 }
 
 }  // namespace flash_mla::mla_decode_dense::sm90::fp8
