@@ -27,9 +27,6 @@ struct Accumulators {
   float sum[2];    // of this thread's columns in the tiles that the warpgroup owns
 };
 
-// Below every logit that can occur, and finite: the first tile grows from it.
-inline constexpr float kNoMaximum = -1e30f;
-
 template <class Cfg>
 class Attend {
  public:

@@ -1,4 +1,4 @@
-// Tile sizes, roles and shared memory of the sm90 kernel.
+// Tile sizes, barriers and shared memory of the sm90 kernel for 16-bit caches.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,6 @@ inline constexpr int kBuffers = 2;                      // one for each consumer
 inline constexpr int kPieceBlocks = 2;
 inline constexpr int kRopePiece = kVColumnBlocks / kPieceBlocks;
 inline constexpr int kPieces = kRopePiece + 1;
-
-// The kernel starts with 168 for each thread, the most that 384 threads can have: what some get,
-// others must give. More would wait for ever.
-inline constexpr int kConsumerRegisters = 208;
-inline constexpr int kProducerRegisters = 88;
-inline constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
-              (kConsumers + 1) * kRegisters);
 
 // __syncthreads is 0.
 enum HardwareBarrier : int {

@@ -1,27 +1,10 @@
-// The items of a CTA, as the producer warp hands them to the consumers.
+// The items of a CTA, as the producer hands them to the consumers.
 #pragma once
 
 #include "device/scalar.h"
-#include "device/sm90/mbarrier.cuh"
-#include "mla_decode_dense/gpu.cuh"
+#include "mla_decode_dense/sm90/cta.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90 {
-
-using flash_mla::sm90::Barrier;
-
-inline constexpr int kTileKeys = kBlockKeys;
-inline constexpr int kWarpgroup = 128;
-inline constexpr int kWarpgroupWarps = 4;
-inline constexpr int kConsumers = 2;  // warpgroups
-inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
-
-// A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
-// uniform registers, and each wgmma then costs 5 instructions, not 13.
-template <class T>
-__device__ __forceinline__ T uniform(T value) {
-  return __shfl_sync(kAllLanes, value, 0);
-}
 
 // One pass over an item, with what the producer works out for the consumers.
 struct ItemSlot {

@@ -1,10 +1,9 @@
-// Dense MLA decode on Hopper.
+// Dense MLA decode on Hopper, 16-bit caches.
 //
 //   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]     for the 64 query rows r of an M tile
 //
-// Tile: 64 query rows x 64 keys x d_qk (576 or 512), in 16 bits; float8 caches are converted as
-// they are loaded. A CTA walks the keys of its items (device/decode_schedule.h) with Q and two K
-// tiles in shared memory and O in registers.
+// Tile: 64 query rows x 64 keys x d_qk (576 or 512). A CTA walks the keys of its items
+// (device/decode_schedule.h) with Q and two K tiles in shared memory and O in registers.
 //
 //   warps  registers  role
 //   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
@@ -18,8 +17,7 @@
 //   barrier         arrivals                            phase
 //   q_full          load + bytes of Q                   item
 //   q_empty         8 consumer warps                    item: its last Q K^T is done
-//   kv_full[b][p]   load + bytes of the piece, or       fill of buffer b
-//                   4 warps of load that converted it
+//   kv_full[b][p]   load + bytes of the piece           fill of buffer b
 //   kv_empty[b][p]  4 warps of the piece's last reader  fill of buffer b
 //   p_full[w]       4 warps of warpgroup w              tile of warpgroup w
 //
@@ -27,7 +25,6 @@
 // then power; with fewer, device memory.
 #pragma once
 
-#include "device/sm90/registers.cuh"
 #include "mla_decode_dense/sm90/load.cuh"
 #include "mla_decode_dense/sm90/store.cuh"
 
@@ -88,13 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     flash_mla::sm90::fence_async_proxy();
   }
-  flash_mla::sm90::launch_successor();
-  flash_mla::sm90::wait_for_predecessor();
-  // P's place: load is done with the runs before attend writes P.
-  auto& runs = reinterpret_cast<RequestRuns<kThreads>&>(smem.p);
-  static_assert(sizeof(runs) <= sizeof(smem.p));
-  measure_requests(p.grid, RequestBlocks{p}, runs);
-  __syncthreads();
+  const auto& runs = measure_after_predecessor(p, smem.p);
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kConsumers) {

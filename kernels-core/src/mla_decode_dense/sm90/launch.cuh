@@ -1,7 +1,8 @@
 // mla_decode_dense, row sm90: what the kernel serves, its grid, workspace and tensor maps.
 #pragma once
 
-#include "mla_decode_dense/sm90/fp8/launch.cuh"
+#include "mla_decode_dense/sm90/fp8/kernel.cuh"
+#include "mla_decode_dense/sm90/fp8/tensor_maps.cuh"
 #include "mla_decode_dense/sm90/kernel.cuh"
 #include "runtime/tensor_map.h"
 
@@ -66,28 +67,20 @@ Status make_maps(const Problem& p, const DecodeGrid& grid, TensorMaps* maps) {
 }
 
 template <class Cfg>
-Status launch_attention(const Problem& p, const GpuParams& params, Stream stream) {
-  constexpr size_t kSmemBytes = sizeof(SharedStorage<Cfg>);
-  static_assert(kSmemBytes <= 232448);  // what a block can have on sm_90
-  TensorMaps maps;
-  FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, params.grid, &maps));
-  const LaunchShape shape = {.grid = dim3(params.grid.num_ctas()),
-                             .block = dim3(kThreads),
-                             .smem_bytes = kSmemBytes,
-                             .programmatic = true};
-  return launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps);
-}
-
-template <class Cfg>
 Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
   DeviceGuard guard(p.device);
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   const GpuParams params = gpu_params(p, grid_of<Cfg>(p), workspace);
   FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts</*kProgrammatic=*/true>(params, stream));
   if constexpr (kFloat8<Cfg>) {
-    FLASH_MLA_RETURN_IF_ERROR(fp8::launch<Cfg>(p, params, stream));
+    fp8::TensorMaps maps = {};
+    FLASH_MLA_RETURN_IF_ERROR(fp8::make_maps<Cfg>(p, &maps));
+    FLASH_MLA_RETURN_IF_ERROR(
+        launch_ctas<fp8::SharedStorage<Cfg>>(fp8::kernel<Cfg>, params, maps, stream));
   } else {
-    FLASH_MLA_RETURN_IF_ERROR(launch_attention<Cfg>(p, params, stream));
+    TensorMaps maps;
+    FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, params.grid, &maps));
+    FLASH_MLA_RETURN_IF_ERROR(launch_ctas<SharedStorage<Cfg>>(kernel<Cfg>, params, maps, stream));
   }
   return launch_merge_fixed_splits<kMmaType<Cfg>,
                                    kFloat8<Cfg> ? PartColumns::kInOrder : PartColumns::kFragments,

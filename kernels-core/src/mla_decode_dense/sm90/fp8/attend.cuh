@@ -7,9 +7,8 @@
 // A thread's share, with warp w, g = lane / 4, t = lane % 4 (an operand's rows are g and g + 8 of
 // the warp's 16, its depth 2 t, 2 t + 1, 2 t + 8, 2 t + 9):
 //
-// - K: keys 16 w + permuted(g) and 8 on; of a block of 64 columns 16 t to 16 t + 15, four in each
-// of
-//   four steps. Q's columns lie in the same order (load.cuh).
+// - K: keys 16 w + permuted(g) and 8 on; of a block of 64 columns 16 t to 16 t + 15, four
+//   in each of four steps. Q's columns lie in the same order (load.cuh).
 // - V: columns 64 w + 8 g to 8 g + 7 of the warpgroup's 256, two in each of four products; of a
 //   step of 16 keys those that P has at its depth.
 // - O: these columns of query rows 8 j + 2 t and one on: 16 bytes of a result.
@@ -26,8 +25,6 @@
 #include "mla_decode_dense/sm90/fp8/load.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90::fp8 {
-
-inline constexpr float kNoMaximum = -1e30f;  // below every logit that can occur, and finite
 
 // A thread's place in its warpgroup. Read anew for each piece of work: what is computed from it is
 // cheap, and shall not occupy registers from one tile to the next.
@@ -245,6 +242,7 @@ class Attend {
       }
     }
   }
+
   template <class Pair>
   static __device__ __forceinline__ uint32_t scaled(uint32_t values, Pair multiplier) {
     const Pair product = __hmul2(reinterpret_cast<const Pair&>(values), multiplier);

@@ -11,9 +11,6 @@ inline constexpr int kCodeBlock = 128;      // codes of a token in a block: the 
 inline constexpr int kColumnsPerStep = 64;  // of Q: 128 bytes
 inline constexpr int kDepth = 16;           // K of a wgmma
 
-inline constexpr int kConsumerRegisters = 208;
-inline constexpr int kProducerRegisters = 88;
-
 enum HardwareBarrier : int {  // __syncthreads is 0
   kItemDone = 1,
   kMerging = 2,
@@ -26,13 +23,12 @@ template <class Cfg>
 struct Config {
   static constexpr KvLayout kLayout = kv_layout(Cfg::v.kv);
   static constexpr int kRows = Cfg::v.tile_m;  // query rows of a tile: N of a wgmma
-  static constexpr int kDqk = Cfg::v.d_qk;
-  static constexpr bool kRope = kDqk > kLatentDim;
+  static constexpr bool kRope = Cfg::v.d_qk > kLatentDim;
   // v32_fp8: scales per token and 128 columns, RoPE in bf16.
   static constexpr bool kScaled = kLayout.scale == KvScale::kFloat32;
   static constexpr bool kRopeCodes = kRope && !kScaled;
   static constexpr bool kRopeBf16 = kRope && kScaled;
-  static constexpr int kColumnBlocks = kDqk / kColumnsPerStep;  // of Q
+  static constexpr int kColumnBlocks = Cfg::v.d_qk / kColumnsPerStep;  // of Q
   static constexpr int kQueryBlockBytes = kRows * 128;
   static constexpr int kScales = 4;  // of a token
 
@@ -44,11 +40,11 @@ struct Config {
   static constexpr int kScaleBytes = kScaled ? kTileKeys * kScales * 4 : 0;
   static constexpr int kStageBytes = kLatentBytes + kRopeBytes + kScaleBytes;
   static_assert(kStageBytes % 1024 == 0);
-  static constexpr int kTokenBytes = kScaled ? kLayout.row_bytes : kDqk;
 
+  // Beside the stages: Q, P, and at most 8 KB for what else SharedStorage lists.
   static constexpr int kFixedBytes =
       kColumnBlocks * kQueryBlockBytes + kConsumers * kRows * 128 + 8192;
-  static constexpr int kMaxStages = (232448 - kFixedBytes) / kStageBytes;
+  static constexpr int kMaxStages = (kMaxSmemBytes - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
 };
 
@@ -74,9 +70,9 @@ struct alignas(1024) SharedStorage {
   Barrier p_empty[kConsumers];   // the other 4 have multiplied it
 
   alignas(16) RowState rows[C::kRows];
-  alignas(
-      16) int32_t visible[C::kRows];  // keys of the item that the row attends; not positive: none
-  float query_factor[2][C::kRows];    // [pass % 2], from load
+  // Keys of the item that a row attends; not positive: none.
+  alignas(16) int32_t visible[C::kRows];
+  float query_factor[2][C::kRows];  // [pass % 2], from load
   // Of the last two tiles of a warpgroup: whether some row has a new maximum, and the factors of
   // what was summed before.
   uint32_t grown[kConsumers][2];

@@ -1,8 +1,7 @@
 // Dense MLA decode on Hopper, float8 caches.
 //
-//   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]     for the 16, 32 or 64 query rows r of
-//   an
-//                                                             M tile
+//   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]
+//                                         for the 16, 32 or 64 query rows r of an M tile
 //
 // Tile: these rows x 64 keys. Tokens come into shared memory as they are in the cache, 36 or 41 KB
 // a tile; the consumers convert them to fp16 in registers, where the transposed products take them.
@@ -24,8 +23,6 @@
 // Bottleneck (README.md has the numbers): with 16 rows device memory, with 64 the tensor cores.
 #pragma once
 
-#include "device/sm90/programmatic_launch.cuh"
-#include "device/sm90/registers.cuh"
 #include "mla_decode_dense/sm90/fp8/store.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90::fp8 {
@@ -77,13 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (C::kRope) flash_mla::sm90::prefetch_map(maps.rope);
     if constexpr (C::kScaled) flash_mla::sm90::prefetch_map(maps.scales);
   }
-  flash_mla::sm90::launch_successor();
-  flash_mla::sm90::wait_for_predecessor();
-  // P's place: load is done with the runs before attend writes P.
-  auto& runs = reinterpret_cast<RequestRuns<kThreads>&>(smem.p);
-  static_assert(sizeof(runs) <= sizeof(smem.p));
-  measure_requests(p.grid, RequestBlocks{p}, runs);
-  __syncthreads();
+  const auto& runs = measure_after_predecessor(p, smem.p);
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kConsumers) {

@@ -1,7 +1,7 @@
-// mla_decode_dense, row sm90, float8 caches: tensor maps and launch.
+// mla_decode_dense, row sm90: the tensor maps of float8 caches.
 #pragma once
 
-#include "mla_decode_dense/sm90/fp8/kernel.cuh"
+#include "mla_decode_dense/sm90/fp8/load.cuh"
 #include "runtime/tensor_map.h"
 
 namespace flash_mla::mla_decode_dense::sm90::fp8 {
@@ -35,19 +35,6 @@ Status make_maps(const Problem& p, TensorMaps* maps) {
         make(C::kLayout.scales_offset_bytes, C::kScales * 4, 1, 1, 0, &maps->scales));
   }
   return {};
-}
-
-template <class Cfg>
-Status launch(const Problem& p, const GpuParams& params, Stream stream) {
-  constexpr size_t kSmemBytes = sizeof(SharedStorage<Cfg>);
-  static_assert(kSmemBytes <= 232448);  // what a block can have on sm_90
-  TensorMaps maps = {};
-  FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, &maps));
-  const LaunchShape shape = {.grid = dim3(params.grid.num_ctas()),
-                             .block = dim3(kThreads),
-                             .smem_bytes = kSmemBytes,
-                             .programmatic = true};
-  return launch_kernel(kernel<Cfg>, shape, stream, kOperator, params, maps);
 }
 
 }  // namespace flash_mla::mla_decode_dense::sm90::fp8

@@ -1,0 +1,65 @@
+// What the sm90 kernels have in common: warpgroups and their registers, the beginning of a CTA, its
+// launch.
+#pragma once
+
+#include "device/sm90/mbarrier.cuh"
+#include "device/sm90/registers.cuh"
+#include "mla_decode_dense/gpu.cuh"
+
+namespace flash_mla::mla_decode_dense::sm90 {
+
+using flash_mla::sm90::Barrier;
+
+inline constexpr int kTileKeys = kBlockKeys;
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kWarpgroupWarps = 4;
+inline constexpr int kConsumers = 2;  // warpgroups
+inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
+
+// A kernel starts with 168 for each thread, the most that 384 threads can have: what some get,
+// others must give. More would wait for ever.
+inline constexpr int kConsumerRegisters = 208;
+inline constexpr int kProducerRegisters = 88;
+inline constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+              (kConsumers + 1) * kRegisters);
+
+inline constexpr int kMaxSmemBytes = 232448;  // what a block can have on sm_90
+
+// Below every logit that can occur, and finite: the first tile grows from it.
+inline constexpr float kNoMaximum = -1e30f;
+
+// A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
+// uniform registers, and each wgmma then costs 5 instructions, not 13.
+template <class T>
+__device__ __forceinline__ T uniform(T value) {
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+// Where independent work of a CTA ends: lengths of the requests, for the plan. In P's place: load
+// is done with them before attend writes P. By all threads.
+template <class PlaceOfP>
+__device__ __forceinline__ RequestRuns<kThreads>& measure_after_predecessor(const GpuParams& p,
+                                                                            PlaceOfP& place) {
+  using Runs = RequestRuns<kThreads>;
+  static_assert(sizeof(Runs) <= sizeof(place));
+  flash_mla::sm90::launch_successor();
+  flash_mla::sm90::wait_for_predecessor();
+  auto& runs = reinterpret_cast<Runs&>(place);
+  measure_requests(p.grid, RequestBlocks{p}, runs);
+  __syncthreads();
+  return runs;
+}
+
+template <class SharedStorage, class Kernel, class TensorMaps>
+Status launch_ctas(Kernel* kernel, const GpuParams& params, const TensorMaps& maps, Stream stream) {
+  static_assert(sizeof(SharedStorage) <= kMaxSmemBytes);
+  const LaunchShape shape = {.grid = dim3(params.grid.num_ctas()),
+                             .block = dim3(kThreads),
+                             .smem_bytes = sizeof(SharedStorage),
+                             .programmatic = true};
+  return launch_kernel(kernel, shape, stream, kOperator, params, maps);
+}
+
+}  // namespace flash_mla::mla_decode_dense::sm90
