@@ -16,8 +16,6 @@ status 1. A complete run writes results/<gpu>/kv_cache.json.
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -25,9 +23,15 @@ from typing import Any
 
 import torch
 from measure import (
+    MIN_CEILING_SAMPLES,
+    QUICK,
     Ceilings,
+    Effort,
     SmClock,
     Table,
+    argument_parser,
+    cell,
+    chosen_cases,
     environment,
     machine_facts,
     result_row,
@@ -48,7 +52,6 @@ MANY = 1 << 20  # tokens
 FORMATS = ("bf16", "fp16", "fp8", "v32_fp8", "v4_fp8", "v41_fp8", "v41_fp4")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECKED_TOKENS = 256
-MIN_CEILING_SAMPLES = 5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,16 +211,6 @@ class Inputs:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Effort:
-    warmup_ms: int = 25
-    rep_ms: int = 100
-    graph_ms: float = 100.0
-
-
-QUICK = Effort(warmup_ms=10, rep_ms=30, graph_ms=30.0)
-
-
 def row_of(case: Case) -> dict[str, Any]:
     return result_row(
         case=case.name,
@@ -297,18 +290,14 @@ class CaseTable:
         )
 
     def print(self, case: Case, row: dict[str, Any]) -> None:
-        def cell(key: str, digits: int) -> str:
-            value = row.get(key)
-            return "-" if value is None else f"{value:.{digits}f}"
-
         self._table.print(
             row["case"],
             row["variant"] or "none",
-            cell("us", 1),
-            cell("graph_us", 2),
-            cell("gbps", 0),
-            cell("copy_fraction", 3),
-            cell("sm_mhz", 0),
+            cell(row, "us", 1),
+            cell(row, "graph_us", 2),
+            cell(row, "gbps", 0),
+            cell(row, "copy_fraction", 3),
+            cell(row, "sm_mhz", 0),
             case.bar.text() if case.bar else "",
             verdict(row),
         )
@@ -340,23 +329,12 @@ def print_verdicts(judged: list[tuple[Case, dict[str, Any], float | None]]) -> N
 # --------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", metavar="REGEX", help="only cases whose name it is found in")
-    parser.add_argument(
-        "--quick", action="store_true", help="shorter times, only cases with a bar; writes no JSON"
-    )
-    parser.add_argument("--no-json", action="store_true", help="print only")
-    return parser.parse_args(argv)
-
-
 def main() -> int:
-    args = parse_arguments()
+    args = argument_parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kv_cache.py: needs a GPU")
     started = time.perf_counter()
-    cases = [case for case in all_cases() if case.bar or not args.quick]
-    cases = [case for case in cases if args.cases is None or re.search(args.cases, case.name)]
+    cases = chosen_cases(all_cases(), args)
     torch.manual_seed(0)
     facts = machine_facts("cuda")
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))

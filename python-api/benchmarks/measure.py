@@ -7,6 +7,7 @@ it has a warm L2 and no launch cost of the host.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import json
@@ -21,8 +22,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +33,50 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # Calls in a graph, within these bounds as many as fill GRAPH_US: launching it must not show.
 GRAPH_CALLS = (20, 100)
 GRAPH_US = 2000.0
+
+MIN_CEILING_SAMPLES = 5  # of a run
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effort:
+    warmup_ms: int = 25
+    rep_ms: int = 100
+    graph_ms: float = 100.0
+
+
+QUICK = Effort(warmup_ms=10, rep_ms=30, graph_ms=30.0)
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark takes; the description is the first line of its docstring."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--cases", metavar="REGEX", help="only cases whose name it is found in")
+    parser.add_argument(
+        "--quick", action="store_true", help="shorter times, only cases with a bar; writes no JSON"
+    )
+    parser.add_argument("--no-json", action="store_true", help="print only")
+    return parser
+
+
+class NamedCase(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def bar(self) -> object | None: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=NamedCase)
+
+
+def chosen_cases(cases: Sequence[AnyCase], args: argparse.Namespace) -> list[AnyCase]:
+    """The cases that the arguments of `argument_parser` leave."""
+    cases = [case for case in cases if case.bar or not args.quick]
+    return [case for case in cases if args.cases is None or re.search(args.cases, case.name)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,6 +365,12 @@ class Table:
         texts = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
         first, *rest = zip(texts, self._widths, strict=True)
         print(first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest), flush=True)
+
+
+def cell(row: dict[str, Any], key: str, digits: int) -> str:
+    """A number of a row as the table shows it."""
+    value = row.get(key)
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def result_row(**fields: Any) -> dict[str, Any]:

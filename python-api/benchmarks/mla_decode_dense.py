@@ -30,10 +30,16 @@ from typing import Any
 import roofline
 import torch
 from measure import (
+    MIN_CEILING_SAMPLES,
+    QUICK,
     RESULTS,
     Ceilings,
+    Effort,
     SmClock,
     Table,
+    argument_parser,
+    cell,
+    chosen_cases,
     environment,
     machine_facts,
     result_row,
@@ -54,7 +60,6 @@ HOST_BAR_US = 12.0
 HOST_CASE = "host us a call"
 BATCH_INVARIANT_BAR = 1.15  # of the time without it
 PAGE_SIZE_BAR = 1.10  # of the time with pages of 64
-MIN_CEILING_SAMPLES = 5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,16 +301,6 @@ class Inputs:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Effort:
-    warmup_ms: int = 25
-    rep_ms: int = 100
-    graph_ms: float = 100.0
-
-
-QUICK = Effort(warmup_ms=10, rep_ms=30, graph_ms=30.0)
-
-
 def row_of(case: Case) -> dict[str, Any]:
     bar = case.bar
     return result_row(
@@ -464,21 +459,17 @@ class CaseTable:
         )
 
     def print(self, row: dict[str, Any], verdict: Verdict) -> None:
-        def cell(key: str, digits: int) -> str:
-            value = row.get(key)
-            return "-" if value is None else f"{value:.{digits}f}"
-
         self._table.print(
             row["case"],
             row["variant"] or "none",
-            cell("us", 1),
-            cell("graph_us", 1),
-            cell("tflops", 1),
-            cell("gbps", 0),
-            cell("gemm_fraction", 3),
-            cell("read_fraction", 3),
-            cell("cycles_per_block", 0),
-            cell("sm_mhz", 0),
+            cell(row, "us", 1),
+            cell(row, "graph_us", 1),
+            cell(row, "tflops", 1),
+            cell(row, "gbps", 0),
+            cell(row, "gemm_fraction", 3),
+            cell(row, "read_fraction", 3),
+            cell(row, "cycles_per_block", 0),
+            cell(row, "sm_mhz", 0),
             verdict.bar.text() if verdict.bar.of else "",
             verdict.text() if verdict.bar.of or verdict.failure else "",
         )
@@ -522,12 +513,7 @@ def draw(path: Path) -> Path:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", metavar="REGEX", help="only cases whose name it is found in")
-    parser.add_argument(
-        "--quick", action="store_true", help="shorter times, only cases with a bar; writes no JSON"
-    )
-    parser.add_argument("--no-json", action="store_true", help="print only")
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--batch-invariant",
         action=argparse.BooleanOptionalAction,
@@ -547,11 +533,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def chosen_cases(args: argparse.Namespace) -> list[Case]:
-    cases = [case for case in all_cases() if case.bar or not args.quick]
-    return [case for case in cases if args.cases is None or re.search(args.cases, case.name)]
-
-
 def main() -> int:
     args = parse_arguments()
     if args.plot_only:
@@ -560,7 +541,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise SystemExit("mla_decode_dense.py: needs a GPU; cpu_vs_eager.py measures the CPU")
     started = time.perf_counter()
-    cases = chosen_cases(args)
+    cases = chosen_cases(all_cases(), args)
     torch.manual_seed(0)
     facts = machine_facts("cuda")
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
