@@ -120,8 +120,8 @@ FLASH_MLA_HD constexpr DecodeGrid decode_grid(int64_t requests, int64_t s_q, int
   g.by_teams = Divisor::of(g.num_teams);
   // A block of 64 rows takes 1.4 us. Writing 64 rows of partial results, 64 KB, and reading them
   // back takes 0.04 us at the L2 bandwidth of a whole H200; fence, counter and latencies about 4
-  // us.
-  g.split_cost_blocks = 3;
+  // us, and merging 64 rows, of however many parts, some 3.
+  g.split_cost_blocks = 3 + g.tiles.rows() / 32;
   g.part_cost_blocks = 0.03f * static_cast<float>(g.team * g.tiles.rows()) / 64.0f;
   if (batch_invariant) {
     g.invariant_splits = static_cast<int32_t>(max_of(

@@ -247,9 +247,11 @@ struct MergedSoftmax : SoftmaxRow {
 };
 
 // A thread in the merge of a share, which is lines [first, first + count) of a tile. Octets side by
-// side take a line each, then the lines that far on; where there are octets to spare, `helpers` of
-// them share the parts of one line, eight each in turn.
+// side take a line each, then the lines that far on. A thread loads eight chunks at once: of eight
+// parts; or of four or two, of two or four lines of a row, where there are no more. Where there are
+// octets to spare, `helpers` of them share the parts of one line, eight each in turn.
 struct MergeThread {
+  uint32_t lines;  // of an octet at once
   uint32_t first, count;
   uint32_t width, helpers;
   uint32_t line, helper, lane;  // the thread's, of those
@@ -265,14 +267,15 @@ struct MergeThread {
   __device__ MergeThread(const PartTiles& tiles, uint32_t share, uint32_t num_shares,
                          uint32_t thread, uint32_t num_threads) {
     const uint32_t octets = num_threads / kOctet, octet = thread / kOctet;
-    const uint32_t lines = tiles.rows * kRowLines;
-    const uint32_t most = ceil_div(lines, num_shares);
-    first = min(lines, most * share);
-    count = min(lines - first, most);
+    lines = tiles.num_parts <= 2 ? 4 : tiles.num_parts <= 4 ? 2 : 1;
+    const uint32_t all = tiles.rows * kRowLines;
+    const uint32_t most = ceil_div(all / lines, num_shares);  // times `lines`
+    first = min(all, most * share * lines);
+    count = min(all - first, most * lines);
     const uint32_t width_log2 = kLanes - __clz(min(octets, most) - 1);
-    width = 1u << width_log2;
+    width = lines << width_log2;
     helpers = min(octets >> width_log2, ceil_div(tiles.num_parts, kOctet));
-    line = octet & (width - 1);
+    line = (octet & ((1u << width_log2) - 1)) * lines;
     helper = octet >> width_log2;
     lane = thread % kOctet;
     seek(tiles, 0, 0);
@@ -297,14 +300,20 @@ struct MergeThread {
       header = __ldcg(reinterpret_cast<const float4*>(header_at));
     }
   }
-  // Parts [kFrom, kTo) of eight.
-  template <int kFrom, int kTo>
+  // Chunks [kFrom, kTo) of eight, of kLines lines.
+  template <int kLines, int kFrom, int kTo>
   __device__ void load_data(const PartTiles& tiles) {
 #pragma unroll
     for (int i = kFrom; i < kTo; ++i) {
+      constexpr int kParts = static_cast<int>(kOctet) / kLines;
+      const int of_line = i % kParts;
       data[i] = make_uint4(0, 0, 0, 0);
-      const uint32_t behind = i == 0 && part == 0 ? tiles.first_bytes : i * tiles.stride_bytes;
-      if (i < num_parts) data[i] = __ldcg(reinterpret_cast<const uint4*>(data_at + behind));
+      const uint32_t behind =
+          of_line == 0 && part == 0 ? tiles.first_bytes : of_line * tiles.stride_bytes;
+      if (of_line < num_parts) {
+        data[i] = __ldcg(reinterpret_cast<const uint4*>(
+            data_at + behind + i / kParts * (kOctet * PartialTiles::kChunkBytes)));
+      }
     }
   }
 };
@@ -321,7 +330,66 @@ constexpr int64_t merge_smem_bytes(int64_t num_threads, int64_t rows) {
          rows * int64_t{sizeof(MergedRow)};
 }
 
-// Merges a share: all loads of a thread's first eight parts are under way at once, and while it
+// The thread's columns of a line, and the row's lse.
+template <DType kType, PartColumns kColumns>
+__device__ __forceinline__ void store_merged(const MergedRow& to, uint32_t at, uint32_t lane,
+                                             const MergedSoftmax& softmax, float factor,
+                                             const float (&value)[8]) {
+  const float scale = softmax.empty() ? 0.0f : __fdividef(factor, softmax.sum);
+  uint32_t words[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    words[k] = pack_out<kType>(value[2 * k] * scale, value[2 * k + 1] * scale);
+  }
+  if constexpr (kColumns == PartColumns::kFragments) transpose(words);
+  if (to.out == nullptr) return;
+  reinterpret_cast<uint4*>(to.out)[at % kRowLines * kOctet + lane] =
+      make_uint4(words[0], words[1], words[2], words[3]);
+  if (at % kRowLines + lane == 0) *to.lse = softmax.lse();
+}
+
+// Few parts: kLines lines of a row at once.
+template <DType kType, PartColumns kColumns, int kLines>
+__device__ __forceinline__ void merge_lines(const PartTiles& tiles, MergeThread& own,
+                                            const MergedRow* rows, float result_factor) {
+  constexpr int kParts = static_cast<int>(kOctet) / kLines;
+  const uint32_t first_row = own.first / kRowLines;
+#pragma unroll 1
+  for (uint32_t base = 0; base < own.count;) {
+    const uint32_t line = base + own.line, at = own.first + line;
+    base += own.width;
+    const bool more = base < own.count;
+    MergedSoftmax softmax = {{std::numeric_limits<float>::lowest(), 0.0f}};
+    const float part_sum = own.header.y + own.header.z;
+    float rescale, weight = softmax.add(own.header.x, part_sum, rescale);
+    if (PartialTiles::normalised(kType)) weight *= part_sum;
+    float value[kLines][8] = {};
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(kOctet); ++i) {
+      const float w = __shfl_sync(kAllLanes, weight, i % kParts, kOctet);
+      const uint32_t words[4] = {own.data[i].x, own.data[i].y, own.data[i].z, own.data[i].w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = unpack<kType>(words[k]);
+        value[i / kParts][2 * k] += w * pair.x;
+        value[i / kParts][2 * k + 1] += w * pair.y;
+      }
+    }
+    if (more) {
+      own.seek(tiles, base, 0);
+      own.load_header();
+      own.load_data<kLines, 0, 8>(tiles);
+    }
+    MergedRow to;
+    if (own.helper == 0 && line < own.count) to = rows[at / kRowLines - first_row];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      store_merged<kType, kColumns>(to, at + i, own.lane, softmax, result_factor, value[i]);
+    }
+  }
+}
+
+// Merges a share: all loads of a thread's first eight chunks are under way at once, and while it
 // adds up what they bring, those of the next eight. Output: row(row) is a MergedRow, factor() one
 // of all results. Called by kThreads threads, which barrier() synchronises, after load_header().
 template <DType kType, PartColumns kColumns, int kThreads, class Output, class Barrier>
@@ -334,7 +402,13 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
   float4* const values = reinterpret_cast<float4*>(sums + kThreads);
   MergedRow* const rows = reinterpret_cast<MergedRow*>(values + 2 * kThreads);
 
-  own.load_data<0, 8>(tiles);
+  if (own.lines == 4) {
+    own.load_data<4, 0, 8>(tiles);
+  } else if (own.lines == 2) {
+    own.load_data<2, 0, 8>(tiles);
+  } else {
+    own.load_data<1, 0, 8>(tiles);
+  }
   // The last threads have least to do where the share is small.
   const uint32_t row = kThreads - 1 - thread;
   if (first_row + row <= (own.first + own.count - 1) / kRowLines) {
@@ -342,6 +416,8 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
   }
   const float result_factor = output.factor();
   barrier();
+  if (own.lines == 4) return merge_lines<kType, kColumns, 4>(tiles, own, rows, result_factor);
+  if (own.lines == 2) return merge_lines<kType, kColumns, 2>(tiles, own, rows, result_factor);
 
   MergedSoftmax softmax = kNothing;
   float value[8] = {}, rescale;
@@ -376,26 +452,15 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) add(i);
-    if (more) own.load_data<0, 4>(tiles);
+    if (more) own.load_data<1, 0, 4>(tiles);
 #pragma unroll
     for (int i = 4; i < 8; ++i) add(i);
-    if (more) own.load_data<4, 8>(tiles);
+    if (more) own.load_data<1, 4, 8>(tiles);
 
     if (line_done && own.helpers == 1) {
-      const float scale = softmax.empty() ? 0.0f : __fdividef(result_factor, softmax.sum);
-      uint32_t words[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        words[k] = pack_out<kType>(value[2 * k] * scale, value[2 * k + 1] * scale);
-      }
-      if constexpr (kColumns == PartColumns::kFragments) transpose(words);
       MergedRow to;
       if (own.helper == 0 && line < own.count) to = rows[at / kRowLines - first_row];
-      if (to.out != nullptr) {
-        reinterpret_cast<uint4*>(to.out)[at % kRowLines * kOctet + own.lane] =
-            make_uint4(words[0], words[1], words[2], words[3]);
-        if (at % kRowLines + own.lane == 0) *to.lse = softmax.lse();
-      }
+      store_merged<kType, kColumns>(to, at, own.lane, softmax, result_factor, value);
       softmax = kNothing;
 #pragma unroll
       for (float& v : value) v = 0.0f;

@@ -24,6 +24,13 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t smem, const u
                : "memory");
 }
 
+// An 8x8 matrix of 16-bit values, transposed: lane i has values 2 (i % 4) and one on of row i / 4.
+__device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+  return transposed;
+}
+
 // 2^x; subnormal results are flushed to zero.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

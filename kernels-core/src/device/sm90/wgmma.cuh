@@ -70,6 +70,15 @@ struct Wgmma {
     call<Op>(d, ScaleOut::One, std::make_index_sequence<64>(), a[0], a[1], a[2], a[3], b);
   }
 
+  // D[64][N] (+)= A[64][16] B[N][16]^T, B K-major, A K-major or MN-major, both in shared memory.
+  template <bool kAccumulate, int kN, cute::SM90::GMMA::Major kMajorA>
+  static __device__ __forceinline__ void product(float (&d)[kN / 2], uint64_t a, uint64_t b) {
+    using namespace cute::SM90::GMMA;
+    using Op = typename FromSmem<kN, kMajorA>::Op;
+    call<Op>(d, kAccumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<kN / 2>(), a,
+             b);
+  }
+
   // D[64][N] (+)= A[64][16] B[N][16]^T, A in registers, B K-major in shared memory.
   template <bool kAccumulate, int kN>
   static __device__ __forceinline__ void product(float (&d)[kN / 2], const uint32_t (&a)[4],
@@ -81,10 +90,10 @@ struct Wgmma {
   }
 
  private:
+  template <class Bf16, class Fp16>
+  using Typed = std::conditional_t<kBf16, Bf16, Fp16>;
   template <int kN>
   struct FromRegisters {
-    template <class Bf16, class Fp16>
-    using Typed = std::conditional_t<kBf16, Bf16, Fp16>;
     template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>
     static auto pick() {
       using namespace cute::SM90::GMMA;
@@ -98,6 +107,20 @@ struct Wgmma {
       }
     }
     using Op = decltype(pick<kKMajor, kKMajor>());
+  };
+  template <int kN, cute::SM90::GMMA::Major kMajorA>
+  struct FromSmem {
+    template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>
+    static auto pick() {
+      using namespace cute::SM90::GMMA;
+      if constexpr (kN == 32) {
+        return Typed<MMA_64x32x16_F32BF16BF16_SS<kA, kB>, MMA_64x32x16_F32F16F16_SS<kA, kB>>{};
+      } else {
+        static_assert(kN == 16);
+        return Typed<MMA_64x16x16_F32BF16BF16_SS<kA, kB>, MMA_64x16x16_F32F16F16_SS<kA, kB>>{};
+      }
+    }
+    using Op = decltype(pick<kMajorA, kKMajor>());
   };
   template <class Op, int N, size_t... kIndex, class... Operands>
   static __device__ __forceinline__ void call(float (&d)[N], cute::SM90::GMMA::ScaleOut scale,

@@ -32,7 +32,7 @@ enum HardwareBarrier : int {
   kLoading = 6,
 };
 
-inline constexpr int kLoadWarps = 2;
+inline constexpr int kConsumerRegisters = 208;
 
 // The type of Q, K, P and the result.
 template <class Cfg>
@@ -62,6 +62,7 @@ struct alignas(1024) SharedStorage {
 
   uint64_t missing_keys[kBuffers];  // bit: the key lies on a page that does not exist
   ItemFeed feed;
+  int32_t loaded;  // the tile that was loaded last, counted over all passes; for prefetches
 
   WorkItem split_items[2];  // the parts that this CTA has made
   int32_t num_split;

@@ -17,13 +17,12 @@ inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
 
-// A kernel starts with 168 for each thread, the most that 384 threads can have: what some get,
-// others must give. More would wait for ever.
-inline constexpr int kConsumerRegisters = 208;
-inline constexpr int kProducerRegisters = 88;
+// A kernel starts with 168 for each thread, the most that 384 threads can have: what consumers get,
+// the producer must give. More would wait for ever.
 inline constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
-              (kConsumers + 1) * kRegisters);
+template <int kConsumerRegisters>
+inline constexpr int kProducerRegisters =
+    (kConsumers + 1) * kRegisters - kConsumers * kConsumerRegisters;
 
 inline constexpr int kMaxSmemBytes = 232448;  // what a block can have on sm_90
 

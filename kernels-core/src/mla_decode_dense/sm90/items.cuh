@@ -98,10 +98,10 @@ struct ItemPass {
   uint32_t index;    // of the pass, over all items
 };
 
-// Plans the CTA's items and hands them over, pass after pass. By `kWarps` warps of the producer,
-// which sync() synchronises: the first one plans and calls load_keys(pass), which may run ahead of
-// the consumers; the others call load_query(pass) when the consumers are done with the last one's,
-// and publish the pass.
+// Plans the CTA's items and hands them over, pass after pass. By the warps of the producer that
+// sync() synchronises. The first one plans; the others call load_query(pass) when the consumers are
+// done with the last one's, and publish the pass. Then all call load_keys(pass), which may run
+// ahead of the consumers.
 template <KvFormat kFormat, class Sync, class LoadQuery, class LoadKeys>
 __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
                                            const RequestRuns<kThreads>& runs, int32_t team,
@@ -153,9 +153,7 @@ __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
       const int32_t num_tiles = valid ? max(0, block_end - item.block_begin) : 0;
       const ItemPass pass = {rows, item.block_begin, num_tiles, num_keys, index};
 
-      if (plans) {
-        if (num_tiles > 0) load_keys(pass);
-      } else {
+      if (!plans) {
         if (index > 0) flash_mla::sm90::wait(feed.q_empty, (index - 1) % 2);
         if (num_tiles > 0) load_query(pass);
         if (thread == kLanes) {
@@ -175,6 +173,7 @@ __device__ __forceinline__ void feed_items(const GpuParams& p, ItemFeed& feed,
         }
         __syncwarp();
       }
+      if (num_tiles > 0) load_keys(pass);
       ++index;
       if (!valid) return;
     }

@@ -1,4 +1,4 @@
-// Dense MLA decode on Hopper, 16-bit caches.
+// Dense MLA decode on Hopper, 16-bit caches, more than 32 query rows a request.
 //
 //   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]     for the 64 query rows r of an M tile
 //
@@ -9,8 +9,8 @@
 //   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
 //   4-7    208        attend: of odd tiles; columns 256-511 of O
 //   8      88         load: the CTA's items, page table, K
-//   9      88         load: Q, and what attend must know of an item
-//   10-11  88         nothing: registers move by warpgroups
+//   9      88         load: Q, what attend must know of an item, K to L2 ahead of time
+//   10-11  88         load: K as well, with pages of less than 64 tokens
 //
 // Shared memory: Q 72 KB, K 2 x 72 KB, P 8 KB, and what config.h lists; one CTA a SM.
 //
@@ -68,29 +68,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     flash_mla::sm90::init(smem.feed.q_empty, kConsumers * kWarpgroupWarps);
     flash_mla::sm90::fence_barrier_init();
     smem.num_split = 0;
+    smem.loaded = -1;
   }
   if (thread == kConsumerThreads) {
     flash_mla::sm90::prefetch_map(maps.q);
     flash_mla::sm90::prefetch_map(maps.kv_pair);
     flash_mla::sm90::prefetch_map(maps.kv_one);
   }
-  // Rows that no copy writes: what they hold must not look like growing maxima.
-  const int32_t rows = p.grid.tiles.rows();
-  if (rows < kTileRows) {
-    constexpr int kChunks = kTokenBytes / 16;
-    const int32_t chunks = (kTileRows - rows) * kChunks;
-    for (int32_t i = thread; i < SharedStorage<Cfg>::kColumnBlocks * chunks; i += kThreads) {
-      *reinterpret_cast<uint4*>(smem.q + i / chunks * kColumnBlockBytes + rows * kTokenBytes +
-                                i % chunks * 16) = make_uint4(0, 0, 0, 0);
-    }
-    flash_mla::sm90::fence_async_proxy();
-  }
+  clear_query_rows(smem.q, SharedStorage<Cfg>::kColumnBlocks, kColumnBlockBytes,
+                   p.grid.tiles.rows());
   const auto& runs = measure_after_predecessor(p, smem.p);
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kConsumers) {
-    flash_mla::sm90::give_registers<kProducerRegisters>();
-    if (thread < kConsumerThreads + kLoadWarps * kLanes) load(p, maps, smem, runs, team, member);
+    flash_mla::sm90::give_registers<kProducerRegisters<kConsumerRegisters>>();
+    load(p, maps, smem, runs, team, member);
   } else {
     flash_mla::sm90::take_registers<kConsumerRegisters>();
     consume(p, smem, warpgroup, member);

@@ -1,10 +1,44 @@
-// Where the K tiles of an item lie, for the loads of load.cuh.
+// What the loads of both kernels have in common: 16-bit queries, and where the K tiles of an item
+// lie.
 #pragma once
 
 #include "device/sm90/tma.cuh"
 #include "mla_decode_dense/sm90/items.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90 {
+
+// An M tile of 16-bit queries, in blocks of 64 columns. By one thread.
+__device__ __forceinline__ void load_query(const GpuParams& p, const CUtensorMap& map, uint8_t* q,
+                                           int32_t blocks, int32_t block_bytes, Barrier& full,
+                                           const TileRows& rows) {
+  constexpr int32_t kRowBytes = 128;
+  flash_mla::sm90::expect(full, blocks * p.grid.tiles.rows() * kRowBytes);
+  const int32_t head = rows.kv_head * rows.group + rows.first_head;
+#pragma unroll 1
+  for (int32_t c = 0; c < blocks; ++c) {
+    flash_mla::sm90::load_tile(flash_mla::sm90::smem_address(q) + c * block_bytes, map, 0, head,
+                               rows.first_token, c, rows.request, full);
+  }
+}
+
+// Rows that no copy writes: what they hold must not look like growing maxima. By all threads.
+__device__ __forceinline__ void clear_query_rows(uint8_t* q, int32_t blocks, int32_t block_bytes,
+                                                 int32_t rows) {
+  constexpr int32_t kRowBytes = 128, kChunks = kRowBytes / 16;
+  const int32_t chunks = block_bytes / 16 - rows * kChunks;  // of a block
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < blocks * chunks; i += kThreads) {
+    *reinterpret_cast<uint4*>(q + i / chunks * block_bytes + rows * kRowBytes + i % chunks * 16) =
+        make_uint4(0, 0, 0, 0);
+  }
+  flash_mla::sm90::fence_async_proxy();
+}
+
+// Which loader of keys a warp of the producer is; -1: the second one, which has queries to load. One
+// is enough for pages of 64 tokens and more; smaller ones take many requests to the copy engine.
+inline constexpr int kLoaders = kWarpgroupWarps - 1;
+__device__ __forceinline__ int32_t loader_of(int32_t warp) {
+  return warp == 0 ? 0 : warp == 1 ? -1 : warp - 1;
+}
 
 // Where a tile lies. With pages of 64 tokens and more, it is part of a page; with smaller ones it
 // has several.
@@ -47,8 +81,9 @@ struct KeyWalk {
   __device__ __forceinline__ int32_t first_key(int32_t tile) const {
     return (first_block + tile) * kTileKeys;
   }
-  // The page of this lane's box, of the first one for lanes that have none; -1 for a page that does
-  // not exist, and past the keys. It takes a load from memory: ask for it a tile ahead.
+  // The page of this lane's box, of the first one for lanes that have none; -1 past the keys. It
+  // takes a load from memory: ask for it early, and do nothing with it before existing(),
+  // or the warp waits at once.
   __device__ __forceinline__ int32_t box_page(int32_t tile) const {
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
     const int32_t box = lane < boxes ? lane : 0;
@@ -56,8 +91,12 @@ struct KeyWalk {
     if (lane == 0 && first_key(tile + kTableAhead) < num_keys) {
       asm volatile("prefetch.global.L1 [%0];" ::"l"(entry(tile + kTableAhead, 0)));
     }
-    if (first_key(tile) + box * box_keys >= num_keys) return -1;
-    const int32_t page = *entry(tile, box);
+    int32_t page = -1;
+    if (first_key(tile) + box * box_keys < num_keys) page = *entry(tile, box);
+    return page;
+  }
+  // -1 for a page that does not exist.
+  __device__ __forceinline__ int32_t existing(int32_t page) const {
     return page < p.kv.num_pages ? page : -1;
   }
   // Token `token` of a page.
@@ -69,7 +108,7 @@ struct KeyWalk {
     return p.block_table + request * p.block_table_stride_b +
            (place(tile).entry + box) * p.block_table_stride_p;
   }
-  // Bit k: key k of the tile lies on a page that does not exist. From box_page() of all lanes.
+  // Bit k: key k of the tile lies on a page that does not exist. From existing() of all lanes.
   __device__ __forceinline__ uint64_t missing_keys(int32_t page) const {
     uint64_t missing = 0;
     if (__any_sync(kAllLanes, page < 0)) {
@@ -83,41 +122,6 @@ struct KeyWalk {
     }
     return missing;
   }
-};
-
-// How many tiles ahead of the loads a team asks for K in L2, its CTAs taking turns: without it, the
-// latency of device memory does not fit between the release of a buffer and its next use. A CTA
-// alone is bound by memory anyway and would only read twice.
-inline constexpr int kPrefetchTiles = 3;
-
-// Asks for tiles when it is this CTA's turn. By one warp, which calls next() once for each tile
-// that it loads.
-template <int kTokenBytes>
-class Prefetch {
- public:
-  __device__ __forceinline__ Prefetch(const KeyWalk& keys, int32_t member)
-      : tile_(keys.p.grid.team > 1 && keys.p.kv.token_stride_bytes == kTokenBytes ? member
-                                                                                  : keys.num_tiles),
-        page_(keys.box_page(tile_)) {
-#pragma unroll 1
-    while (tile_ < kPrefetchTiles) next(keys, 0);
-  }
-  // When tile `tile` is being loaded.
-  __device__ __forceinline__ void next(const KeyWalk& keys, int32_t tile) {
-    if (tile_ > tile + kPrefetchTiles) return;
-    // One request a page to the copy engine, which has enough to do: only where tokens lie
-    // together.
-    if (page_ >= 0 && static_cast<int32_t>(threadIdx.x) % kLanes < keys.boxes) {
-      flash_mla::sm90::prefetch_bytes(keys.address(page_, keys.place(tile_).offset()),
-                                      kTokenBytes * keys.box_keys);
-    }
-    tile_ += keys.p.grid.team;
-    page_ = keys.box_page(tile_);
-  }
-
- private:
-  int32_t tile_;  // that is next to be asked for
-  int32_t page_;
 };
 
 }  // namespace flash_mla::mla_decode_dense::sm90

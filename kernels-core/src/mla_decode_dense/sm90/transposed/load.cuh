@@ -1,18 +1,20 @@
-// The role of the producer warpgroup: the CTA's items; queries, converted to fp16 by three warps;
-// tokens, copied as they are by the copy engine.
+// The role of the producer warpgroup: the CTA's items; queries, which three warps convert to fp16
+// for float8 caches; tokens, copied as they are by the copy engine.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "mla_decode_dense/sm90/fp8/config.h"
 #include "mla_decode_dense/sm90/keys.cuh"
+#include "mla_decode_dense/sm90/transposed/config.h"
 
-namespace flash_mla::mla_decode_dense::sm90::fp8 {
+namespace flash_mla::mla_decode_dense::sm90::transposed {
 
-// Bytes; dimensions, innermost first: of a block; token of a page; block; key head; page.
+// Dimensions, innermost first. q: as in the other kernel. Others: bytes or columns of a block;
+// token of a page; block; key head; page.
 struct TensorMaps {
-  CUtensorMap codes;
+  CUtensorMap q;     // 16-bit
+  CUtensorMap keys;  // float8: without RoPE
   CUtensorMap rope;
   CUtensorMap scales;
 };
@@ -82,7 +84,7 @@ __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage
       }
     };
     __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
-#pragma unroll 3
+#pragma unroll 1
     for (int c = 0; c < C::kColumnBlocks; ++c) {
       uint32_t words[8];
       columns(c, words);
@@ -118,8 +120,8 @@ __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage
 inline constexpr int kQueryThreads = kWarpgroup - kLanes;
 
 template <class Cfg>
-__device__ __forceinline__ void load_query(const GpuParams& p, SharedStorage<Cfg>& smem,
-                                           const ItemPass& pass) {
+__device__ __forceinline__ void convert_query(const GpuParams& p, SharedStorage<Cfg>& smem,
+                                              const ItemPass& pass) {
   using C = Config<Cfg>;
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kConsumerThreads - kLanes;
   const float scale = logit_scale_log2(p, pass.rows.request);
@@ -132,52 +134,67 @@ __device__ __forceinline__ void load_query(const GpuParams& p, SharedStorage<Cfg
   flash_mla::sm90::named_barrier_sync(kQueryWritten, kQueryThreads);
 }
 
-// By one warp. `fill`: stages filled so far.
+// By the warp of loader 0; 16-bit tokens, with pages of less than 64, by those of the others too.
+// `fill`: stages filled so far.
 template <class Cfg>
 __device__ __forceinline__ void load_keys(const KeyWalk& keys, const TensorMaps& maps,
-                                          SharedStorage<Cfg>& smem, uint32_t& fill) {
+                                          SharedStorage<Cfg>& smem, int32_t loader,
+                                          uint32_t& fill) {
   using C = Config<Cfg>;
   using flash_mla::sm90::load_tile;
-  constexpr int kBlocks = kLatentDim / kCodeBlock;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
-  int32_t next_page = keys.box_page(0);
+  int32_t next_page = keys.box_page(0), page_after = keys.box_page(1);
 #pragma unroll 1
   for (int32_t tile = 0; tile < keys.num_tiles; ++tile, ++fill) {
     const uint32_t stage = fill % C::kStages;
-    const int32_t page = next_page;
-    next_page = keys.box_page(tile + 1);
+    const int32_t page = keys.existing(next_page);
     const uint64_t missing = keys.missing_keys(page);
-    Barrier& full = smem.kv_full[stage];
+    Barrier(&full)[C::kPieces] = smem.kv_full[stage];
     if (lane == 0) {
       flash_mla::sm90::wait(smem.kv_empty[stage], (fill / C::kStages & 1) ^ 1);
-      smem.missing_keys[stage] = missing;
-      flash_mla::sm90::arrive_expect(full, C::kStageBytes);
+      if (loader == 0) {
+        smem.missing_keys[stage] = missing;
+#pragma unroll
+        for (Barrier& barrier : full) {
+          flash_mla::sm90::arrive_expect(barrier, C::kStageBytes / C::kPieces);
+        }
+      }
     }
     __syncwarp();
     const uint32_t to = flash_mla::sm90::smem_address(smem.k[stage]);
     const int32_t token = keys.place(tile).offset();
     const int32_t first = lane * keys.box_keys;  // of the lane's box
     if (keys.boxes == 1) {
-      if (lane == 0) load_tile(to, maps.codes, 0, token, 0, keys.kv_head, page, full);
+      if (lane == 0) {
+#pragma unroll
+        for (int32_t piece = 0; piece < C::kPieces; ++piece) {
+          const int32_t block = piece * C::kPieceBlocks;
+          load_tile(to + block * C::kBlockBytes, maps.keys, 0, token, block, keys.kv_head, page,
+                    full[piece]);
+        }
+      }
     } else {
-      for (int32_t block = 0; block < kBlocks; ++block) {
+      const int32_t loaders = C::kCodes ? 1 : kLoaders;
+      for (int32_t block = loader; block < C::kKeyBlocks; block += loaders) {
         if (lane < keys.boxes) {
-          load_tile(to + block * kTileKeys * kCodeBlock + first * kCodeBlock, maps.codes, 0, token,
-                    block, keys.kv_head, page, full);
+          load_tile(to + block * C::kBlockBytes + first * 128, maps.keys, 0, token, block,
+                    keys.kv_head, page, full[block / C::kPieceBlocks]);
         }
       }
     }
     if (lane < keys.boxes) {
-      if constexpr (C::kRope) {
+      if constexpr (C::kRope && C::kCodes) {
         load_tile(to + C::kLatentBytes + first * C::kRopeRowBytes, maps.rope, 0, token, 0,
-                  keys.kv_head, page, full);
+                  keys.kv_head, page, full[0]);
       }
       if constexpr (C::kScaled) {
         load_tile(to + C::kLatentBytes + C::kRopeBytes + first * (C::kScales * 4), maps.scales, 0,
-                  token, 0, keys.kv_head, page, full);
+                  token, 0, keys.kv_head, page, full[0]);
       }
     }
     __syncwarp();
+    next_page = page_after;
+    page_after = keys.box_page(tile + 2);
   }
 }
 
@@ -185,12 +202,26 @@ template <class Cfg>
 __device__ __forceinline__ void load(const GpuParams& p, const TensorMaps& maps,
                                      SharedStorage<Cfg>& smem, const RequestRuns<kThreads>& runs,
                                      int32_t team, int32_t member) {
+  using C = Config<Cfg>;
   uint32_t fill = 0;
   feed_items<Cfg::v.kv>(
       p, smem.feed, runs, team, member,
       [] { flash_mla::sm90::named_barrier_sync(kLoading, kWarpgroup); },
-      [&](const ItemPass& pass) { load_query(p, smem, pass); },
-      [&](const ItemPass& pass) { load_keys(KeyWalk(p, pass), maps, smem, fill); });
+      [&](const ItemPass& pass) {
+        if constexpr (C::kConvertsQuery) {
+          convert_query(p, smem, pass);
+        } else if (threadIdx.x == kConsumerThreads + kLanes) {
+          load_query(p, maps.q, smem.q, C::kColumnBlocks, C::kQueryBlockBytes, smem.feed.q_full,
+                     pass.rows);
+        }
+      },
+      [&](const ItemPass& pass) {
+        const KeyWalk keys(p, pass);
+        const int32_t loader = loader_of((threadIdx.x - kConsumerThreads) / kLanes);
+        if (loader == 0 || (loader > 0 && !C::kCodes && keys.boxes > 1)) {
+          load_keys(keys, maps, smem, loader, fill);
+        }
+      });
 }
 
-}  // namespace flash_mla::mla_decode_dense::sm90::fp8
+}  // namespace flash_mla::mla_decode_dense::sm90::transposed

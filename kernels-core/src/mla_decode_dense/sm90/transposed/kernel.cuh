@@ -1,31 +1,40 @@
-// Dense MLA decode on Hopper, float8 caches.
+// Dense MLA decode on Hopper, float8 caches, and 16-bit caches with few query rows.
 //
 //   out[r] = sum_j softmax_j(scale q[r].k[j]) k[j][0:512]
 //                                         for the 16, 32 or 64 query rows r of an M tile
 //
-// Tile: these rows x 64 keys. Tokens come into shared memory as they are in the cache, 36 or 41 KB
-// a tile; the consumers convert them to fp16 in registers, where the transposed products take them.
+// Tile: these rows x 64 keys. Tokens come into shared memory as they are in the cache, 36, 41 or 72
+// KB a tile. The products are transposed, so that few rows cost little, and codes can be converted
+// to fp16 in the registers that the products read.
 //
-//   warps  registers  role
-//   0-3    208        attend: Q K^T and softmax of even tiles; columns 0-255 of O
-//   4-7    208        attend: of odd tiles; columns 256-511 of O
-//   8-11   88         load: the CTA's items, page table, K by TMA (warp 8); Q, converted (9-11)
+//   warps  registers   role
+//   0-3    208 or 216  attend: even tiles
+//   4-7    208 or 216  attend: odd tiles
+//   8-11   88 or 72    load: the CTA's items, page table, K by TMA (warp 8); Q (9-11)
 //
-//   barrier      arrivals                          phase
-//   q_full       load                              pass
-//   q_empty      8 consumer warps: rows are stored pass
-//   kv_full[s]   load + bytes of the tile          fill of stage s
-//   kv_empty[s]  8 consumer warps                  fill of stage s
-//   max_full[w]  4 warps of warpgroup w            tile of warpgroup w
-//   p_full[w]    4 warps of warpgroup w            tile of warpgroup w
-//   p_empty[w]   4 warps of the other              tile of warpgroup w
+// With 16 and 32 rows the two warpgroups work each for itself, with a maximum, sums and all of O's
+// columns of its own, and add up at the end of a pass. With 64 rows O takes the registers of both:
+// each has half of its columns, for all tiles, and reads P of the other's; a row's maximum is
+// common.
 //
-// Bottleneck (README.md has the numbers): with 16 rows device memory, with 64 the tensor cores.
+//   barrier       arrivals                           phase
+//   q_full        load, + bytes of Q (16-bit)        pass
+//   q_empty       8 consumer warps: rows are stored  pass
+//   kv_full[s][]  load + bytes of the piece          fill of stage s
+//   kv_empty[s]   the 4 warps of the tile; 64 rows:  fill of stage s
+//                 8 consumer warps
+//   64 rows:
+//   max_full[w]   4 warps of warpgroup w             tile of warpgroup w
+//   p_full[w]     4 warps of warpgroup w             tile of warpgroup w
+//   p_empty[w]    4 warps of the other               tile of warpgroup w
+//
+// Bottleneck (README.md has the numbers): with 16 rows device memory, with 64 each warpgroup's own
+// chain of dependent work.
 #pragma once
 
-#include "mla_decode_dense/sm90/fp8/store.cuh"
+#include "mla_decode_dense/sm90/transposed/store.cuh"
 
-namespace flash_mla::mla_decode_dense::sm90::fp8 {
+namespace flash_mla::mla_decode_dense::sm90::transposed {
 
 template <class Cfg>
 __device__ __forceinline__ void consume(const GpuParams& p, SharedStorage<Cfg>& smem, int wg,
@@ -39,6 +48,7 @@ __device__ __forceinline__ void consume(const GpuParams& p, SharedStorage<Cfg>& 
     if (uniform(item.request) < 0) break;
     const int32_t count = uniform(item.block_end - item.block_begin);
     attend.pass(index, tiles);
+    attend.add_up_output();
     store(p, smem, attend, member, index, wg);
     tiles += count;
   }
@@ -56,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (thread == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      flash_mla::sm90::init(smem.kv_full[s], 1);
-      flash_mla::sm90::init(smem.kv_empty[s], kConsumers * kWarpgroupWarps);
+      for (Barrier& full : smem.kv_full[s]) flash_mla::sm90::init(full, 1);
+      flash_mla::sm90::init(smem.kv_empty[s], (C::kShared ? kConsumers : 1) * kWarpgroupWarps);
     }
     for (int wg = 0; wg < kConsumers; ++wg) {
       flash_mla::sm90::init(smem.max_full[wg], kWarpgroupWarps);
@@ -70,25 +80,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     smem.num_split = 0;
   }
   if (thread == kConsumerThreads) {
-    flash_mla::sm90::prefetch_map(maps.codes);
-    if constexpr (C::kRope) flash_mla::sm90::prefetch_map(maps.rope);
+    flash_mla::sm90::prefetch_map(maps.keys);
+    if constexpr (!C::kConvertsQuery) flash_mla::sm90::prefetch_map(maps.q);
+    if constexpr (C::kRope && C::kCodes) flash_mla::sm90::prefetch_map(maps.rope);
     if constexpr (C::kScaled) flash_mla::sm90::prefetch_map(maps.scales);
+  }
+  if constexpr (!C::kConvertsQuery) {
+    clear_query_rows(smem.q, C::kColumnBlocks, C::kQueryBlockBytes, p.grid.tiles.rows());
   }
   const auto& runs = measure_after_predecessor(p, smem.p);
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kConsumers) {
-    flash_mla::sm90::give_registers<kProducerRegisters>();
+    flash_mla::sm90::give_registers<kProducerRegisters<C::kConsumerRegisters>>();
     load(p, maps, smem, runs, team, member);
   } else {
-    flash_mla::sm90::take_registers<kConsumerRegisters>();
+    flash_mla::sm90::take_registers<C::kConsumerRegisters>();
     consume(p, smem, warpgroup, member);
     // The last loads have been read: K's stages are free for the merge.
     flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads);
-    merge_split_units<DType::kBFloat16, PartColumns::kInOrder, kConsumerThreads>(
+    merge_split_units<C::kOutType, PartColumns::kInOrder, kConsumerThreads>(
         p, smem.split_items, smem.num_split, member, kPartWriters, thread, smem.k, smem.outcomes,
         [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
   }
 }
 
-}  // namespace flash_mla::mla_decode_dense::sm90::fp8
+}  // namespace flash_mla::mla_decode_dense::sm90::transposed

@@ -1,16 +1,17 @@
 // The end of a pass in a consumer warpgroup: normalise, and store the result or the partial result.
 #pragma once
 
-#include "mla_decode_dense/sm90/fp8/attend.cuh"
+#include "mla_decode_dense/sm90/transposed/attend.cuh"
 
-namespace flash_mla::mla_decode_dense::sm90::fp8 {
+namespace flash_mla::mla_decode_dense::sm90::transposed {
 
 inline constexpr int kPartWriters = kConsumers * kWarpgroupWarps;  // each has columns of all rows
 
 template <class Cfg>
 __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& smem,
                                       Attend<Cfg>& attend, int32_t member, uint32_t index, int wg) {
-  constexpr int kN = Config<Cfg>::kRows;
+  using C = Config<Cfg>;
+  constexpr int kN = C::kRows;
   constexpr int kRowsOfLane = (kN + kLanes - 1) / kLanes;
   const Place at;
   // A row's sum is that of all warps.
@@ -37,10 +38,13 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
         !(slot.only_token < 0 || rows.token(p, row) == slot.only_token)) {
       continue;
     }
-    SoftmaxRow softmax = {smem.rows[row].max, 0.0f};
+    SoftmaxRow softmax = {smem.rows[0][row].max, 0.0f};
+    if constexpr (!C::kShared) softmax.max_log2 = fmaxf(softmax.max_log2, smem.rows[1][row].max);
 #pragma unroll
     for (int w = 0; w < kConsumers * kWarpgroupWarps; ++w) softmax.sum += smem.row_sum[w][row];
-    scale[r] = !whole ? 1.0f : softmax.empty() ? 0.0f : factor / softmax.sum;
+    scale[r] = !whole && !PartialTiles::normalised(C::kOutType) ? 1.0f
+               : softmax.empty()                                ? 0.0f
+                                                                : factor / softmax.sum;
     to[r] = whole ? rows.out(p, row) : p.partials.row(tile, row);
     if (threadIdx.x >= kLanes) continue;
     if (whole) {
@@ -49,24 +53,42 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
       *p.partials.header(tile, row) = {softmax.max_log2, softmax.sum, 0.0f, 0.0f};
     }
   }
-  const int32_t column = 256 * wg + 64 * at.warp + at.g * 8;
+  // Of row 8 j + i.
+  const auto scale_of = [&](int j, int i) {
+    return __shfl_sync(kAllLanes, scale[8 * j / kLanes], 8 * j % kLanes + i);
+  };
+  const auto address_of = [&](int j, int i) {
+    const auto address = reinterpret_cast<uint64_t>(to[8 * j / kLanes]);
+    return reinterpret_cast<uint8_t*>(__shfl_sync(kAllLanes, address, 8 * j % kLanes + i));
+  };
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
+    const float s[2] = {scale_of(j, 2 * at.t), scale_of(j, 2 * at.t + 1)};
+    if constexpr (C::kCodes) {  // 8 neighbouring columns of two rows
+      const int32_t column = 256 * wg + 64 * at.warp + at.g * 8;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 8 * j + 2 * at.t + e;
-      const float s = __shfl_sync(kAllLanes, scale[8 * j / kLanes], row % kLanes);
-      uint8_t* const out = reinterpret_cast<uint8_t*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(to[8 * j / kLanes]), row % kLanes));
-      if (out == nullptr) continue;
-      uint32_t words[4];
+      for (int e = 0; e < 2; ++e) {
+        uint8_t* const out = address_of(j, 2 * at.t + e);
+        if (out == nullptr) continue;
+        uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] =
-            pack_out<DType::kBFloat16>(attend.o[i][4 * j + e] * s, attend.o[i][4 * j + 2 + e] * s);
+        for (int i = 0; i < 4; ++i) {
+          words[i] = pack_out<C::kOutType>(attend.o[i][4 * j + e] * s[e],
+                                           attend.o[i][4 * j + 2 + e] * s[e]);
+        }
+        *reinterpret_cast<uint4*>(out + 2 * column) =
+            make_uint4(words[0], words[1], words[2], words[3]);
       }
-      *reinterpret_cast<uint4*>(out + 2 * column) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+    } else {  // columns g and g + 8 of the warp's 16 in each product; then two of row g
+      uint8_t* const out = address_of(j, at.g);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float* const o = attend.o[i / 2] + 4 * j + i % 2 * 2;
+        const uint32_t word =
+            flash_mla::sm90::transpose(pack_out<C::kOutType>(o[0] * s[0], o[1] * s[1]));
+        const int32_t column = 256 * wg + 64 * (i / 2) + 16 * at.warp + 8 * (i % 2) + 2 * at.t;
+        if (out != nullptr) *reinterpret_cast<uint32_t*>(out + 2 * column) = word;
+      }
     }
   }
   __syncwarp();
@@ -78,4 +100,4 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
   if (threadIdx.x == 0) smem.split_items[smem.num_split++] = item;
 }
 
-}  // namespace flash_mla::mla_decode_dense::sm90::fp8
+}  // namespace flash_mla::mla_decode_dense::sm90::transposed

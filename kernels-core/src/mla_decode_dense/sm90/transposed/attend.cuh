@@ -1,30 +1,33 @@
-// The role of a consumer warpgroup: Q K^T and softmax of every second tile, P V of all tiles for
-// its half of the columns; transposed, so that codes become operands in registers.
+// The role of a consumer warpgroup: Q K^T, softmax and P V of every second tile; with 64 rows P V
+// of all tiles for half of the columns. Transposed, so that N of the products is the number of
+// rows.
 //
-//   S^T[64 keys][rows] = K Q^T         A: K, from codes to fp16 in registers; B: Q in shared memory
-//   O^T[256 columns][rows] += V^T P^T  A: V^T, likewise;                      B: P in shared memory
+//   S^T[64 keys][rows] = K Q^T         A: K;   B: Q, in shared memory
+//   O^T[512 columns][rows] += V^T P^T  A: V^T; B: P, in shared memory
 //
-// A thread's share, with warp w, g = lane / 4, t = lane % 4 (an operand's rows are g and g + 8 of
-// the warp's 16, its depth 2 t, 2 t + 1, 2 t + 8, 2 t + 9):
+// 16-bit K and V are read from shared memory too: a thread has the keys, or columns, that wgmma's
+// layout gives it. Codes become operands in registers, which leaves the choice of what a thread
+// has. With warp w, g = lane / 4, t = lane % 4 (an operand's rows are g and g + 8 of the warp's 16,
+// its depth 2 t, 2 t + 1, 2 t + 8, 2 t + 9):
 //
 // - K: keys 16 w + permuted(g) and 8 on; of a block of 64 columns 16 t to 16 t + 15, four
 //   in each of four steps. Q's columns lie in the same order (load.cuh).
-// - V: columns 64 w + 8 g to 8 g + 7 of the warpgroup's 256, two in each of four products; of a
-//   step of 16 keys those that P has at its depth.
+// - V: columns 64 w + 8 g to 8 g + 7 of 256, two in each of four products; of a step of 16 keys
+//   those that P has at its depth.
 // - O: these columns of query rows 8 j + 2 t and one on: 16 bytes of a result.
 //
 // Keys are permuted so that eight lanes that read 16 bytes each, or sixteen that read 8, meet all
 // banks.
 //
-// The two warpgroups' turns are half a turn apart, as in the kernel for 16-bit caches, whose rule
-// for the standing maximum is this one's too.
+// The standing maximum of a row moves only when a logit exceeds it by kRescaleThresholdLog2. With
+// 64 rows the warpgroups' turns are half a turn apart, as in the kernel for 16-bit caches.
 #pragma once
 
 #include "device/sm90/fragments.cuh"
 #include "device/sm90/wgmma.cuh"
-#include "mla_decode_dense/sm90/fp8/load.cuh"
+#include "mla_decode_dense/sm90/transposed/load.cuh"
 
-namespace flash_mla::mla_decode_dense::sm90::fp8 {
+namespace flash_mla::mla_decode_dense::sm90::transposed {
 
 // A thread's place in its warpgroup. Read anew for each piece of work: what is computed from it is
 // cheap, and shall not occupy registers from one tile to the next.
@@ -48,17 +51,19 @@ template <class Cfg>
 class Attend {
   using C = Config<Cfg>;
   using Operand = flash_mla::sm90::Operand;
-  using Mma = flash_mla::sm90::Wgmma<DType::kFloat16>;
+  using Mma = flash_mla::sm90::Wgmma<C::kMmaType>;
   using RopeMma = flash_mla::sm90::Wgmma<DType::kBFloat16>;
   static constexpr int kN = C::kRows;
-  static constexpr int kProducts = 4;  // of 64 columns of V, in a warpgroup's half
+  static constexpr bool kShared = C::kShared;
+  static constexpr int kHalfProducts = 4;  // of 64 columns of V, in half of them
+  static constexpr int kProducts = kShared ? kHalfProducts : 2 * kHalfProducts;
   static constexpr int kSteps = kTileKeys / kDepth;
-  // Products are issued in groups, of which some are under way while the next is converted. With 64
-  // rows there are registers for little.
+  // Codes: products are issued in groups, of which some are under way while the next is converted.
+  // With more than 16 rows there are registers for little.
   static constexpr int kFlights = 2;
-  static constexpr int kGroup = kN == 64 ? 1 : 2;               // steps of Q K^T
-  static constexpr int kColumnGroup = kN == 64 ? 1 : 2;         // products of P V
-  static constexpr bool kLoadsAhead = kN < 64 || !C::kScaled;   // codes of the next step
+  static constexpr int kGroup = kN == 16 ? 2 : 1;                             // steps of Q K^T
+  static constexpr int kColumnGroup = kN == 16 ? 2 : 1;                       // products of P V
+  static constexpr bool kLoadsAhead = kN == 16 || (kN == 64 && !C::kScaled);  // of the next step
   static constexpr int kBlockSteps = kColumnsPerStep / kDepth;  // of Q K^T, for 64 columns
 
  public:
@@ -91,6 +96,35 @@ class Attend {
     for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
     begin_rows();
 
+    if constexpr (kShared) {
+      shared_tiles(tiles, first);
+    } else {
+#pragma unroll 1
+      for (int32_t tile = wg_; tile < tiles; tile += kConsumers) {
+        query_keys(tile, first + tile);
+        attend_own(tile, first + tile);
+        values_keys(wg_, tile, first + tile);
+      }
+    }
+    flash_mla::sm90::wgmma_wait<0>();
+    pin_output();
+  }
+
+  // Where each warpgroup has all columns: the sum over both, in o[0] to o[3] for the half of the
+  // columns that it stores. Sums of rows are in shared memory.
+  __device__ __forceinline__ void add_up_output() {
+    if constexpr (!kShared) {
+      rescale_to_common_maximum();
+      if (wg_ == 0) {
+        exchange<0>();
+      } else {
+        exchange<1>();
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void shared_tiles(int32_t tiles, uint32_t first) {
     int32_t tile = wg_;
     if (tile == 0 && tile < tiles) {
       query_keys(0, first);
@@ -113,11 +147,54 @@ class Attend {
       values_keys(wg_ ^ 1, tiles - 1, first + tiles - 1);
       ++other_turn_;
     }
-    flash_mla::sm90::wgmma_wait<0>();
-    pin_output();
   }
 
- private:
+  // The warpgroups' maxima of a row, and sums up to it, become the same.
+  __device__ __forceinline__ void rescale_to_common_maximum() {
+    // All know the maxima by now, and nobody changes them before the next pass.
+    flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+    const Place at;
+    const auto factor = [&](int row) {
+      const float own = smem_.rows[wg_][row].max, other = smem_.rows[wg_ ^ 1][row].max;
+      return flash_mla::sm90::fast_exp2(own - fmaxf(own, other));
+    };
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sum[i] *= factor(sum_row(at, i));
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      rescale_output(j, make_float2(factor(8 * j + 2 * at.t), factor(8 * j + 2 * at.t + 1)));
+    }
+  }
+  template <int kHalf>
+  __device__ __forceinline__ void exchange() {
+    constexpr int kAtOnce = C::kExchangeBytes / (kConsumerThreads * kN / 2 * 4);  // products
+    static_assert(kHalfProducts % kAtOnce == 0);
+    const int32_t thread = static_cast<int32_t>(threadIdx.x) % kWarpgroup;
+    constexpr int kSize = kN / 8;  // float4s
+#pragma unroll
+    for (int first = 0; first < kHalfProducts; first += kAtOnce) {
+      if (first > 0) flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kSize; ++i) {
+        const float* const from =
+            o[(1 - kHalf) * kHalfProducts + first + i / kSize] + i % kSize * 4;
+        smem_.exchange[1 - kHalf][i * kWarpgroup + thread] =
+            make_float4(from[0], from[1], from[2], from[3]);
+      }
+      flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kSize; ++i) {
+        const float4 other = smem_.exchange[kHalf][i * kWarpgroup + thread];
+        const float* const own = o[kHalf * kHalfProducts + first + i / kSize] + i % kSize * 4;
+        float* const to = o[first + i / kSize] + i % kSize * 4;
+        to[0] = own[0] + other.x;
+        to[1] = own[1] + other.y;
+        to[2] = own[2] + other.z;
+        to[3] = own[3] + other.w;
+      }
+    }
+  }
+
   __device__ __forceinline__ void sync_warpgroup() {
     flash_mla::sm90::named_barrier_sync(kWarpgroupSync + wg_, kWarpgroup);
   }
@@ -132,7 +209,13 @@ class Attend {
     flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
     const int32_t row = static_cast<int32_t>(threadIdx.x);
     if (row < kN) {
-      smem_.rows[row] = {kNoMaximum, smem_.query_factor[slot_][row]};
+      float factor;
+      if constexpr (C::kConvertsQuery) {
+        factor = smem_.query_factor[slot_][row];
+      } else {  // look_at_keys() applies one that is not positive
+        factor = slot().scale_log2 > 0.0f ? slot().scale_log2 : 1.0f;
+      }
+      for (auto& rows : smem_.rows) rows[row] = {kNoMaximum, factor};
       WorkItem item;
       item.unit = slot().item.unit;
       const TileRows rows(p_, item, member_, slot().length);
@@ -141,17 +224,43 @@ class Attend {
     flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
   }
 
-  __device__ __forceinline__ void wait_for_tile(uint32_t tile) {
-    flash_mla::sm90::wait(smem_.kv_full[tile % C::kStages], tile / C::kStages & 1);
+  __device__ __forceinline__ void wait_for_tile(uint32_t tile, int piece = 0) {
+    flash_mla::sm90::wait(smem_.kv_full[tile % C::kStages][piece], tile / C::kStages & 1);
   }
   // A thread's keys are this one of the tile and 8 on.
   static __device__ __forceinline__ int32_t first_key(const Place& at) {
-    return 16 * at.warp + permuted(at.g);
+    return 16 * at.warp + (C::kCodes ? permuted(at.g) : at.g);
   }
 
   // S^T = K Q^T of the own tile.
   __device__ __forceinline__ void query_keys(int32_t tile_in_pass, uint32_t tile) {
-    wait_for_tile(tile);
+    if constexpr (C::kCodes) {
+      wait_for_tile(tile);
+      query_codes(tile_in_pass, tile);
+    } else {
+      const Operand k(smem_.k[tile % C::kStages], flash_mla::sm90::kKMajorLeading);
+      const Operand q(smem_.q, flash_mla::sm90::kKMajorLeading);
+#pragma unroll
+      for (int c = 0; c < C::kColumnBlocks; ++c) {
+        if (c % C::kPieceBlocks == 0) {
+          wait_for_tile(tile, c / C::kPieceBlocks);
+          flash_mla::sm90::wgmma_fence();
+        }
+#pragma unroll
+        for (int step = 0; step < kBlockSteps; ++step) {
+          const uint64_t a = k.at(c * C::kBlockBytes + step * 32);
+          const uint64_t b = q.at(c * C::kQueryBlockBytes + step * 32);
+          if (c == 0 && step == 0) {
+            Mma::template product<false, kN, Mma::kKMajor>(s_, a, b);
+          } else {
+            Mma::template product<true, kN, Mma::kKMajor>(s_, a, b);
+          }
+        }
+      }
+      flash_mla::sm90::wgmma_commit();
+    }
+  }
+  __device__ __forceinline__ void query_codes(int32_t tile_in_pass, uint32_t tile) {
     const Place at;
     const uint8_t* const k_tile = smem_.k[tile % C::kStages];
     // 16 codes of the thread's first key in a block's first 64 columns; the others are 64 bytes on,
@@ -271,7 +380,8 @@ class Attend {
                                               uint32_t tile) const {
     return exponent_[half] == kNoKey ? 0.0f : scales_of(at, half, tile)[i] * pow2(-exponent_[half]);
   }
-  // The tile's multipliers, for both warpgroups: a thread writes one of four for each of its keys.
+  // The tile's multipliers, for all who multiply it: a thread writes one of four for each of its
+  // keys.
   __device__ __forceinline__ void write_multipliers(const Place& at, uint32_t tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -281,6 +391,10 @@ class Attend {
   }
   static constexpr int kLeastExponent = -64;
   static constexpr int kNoKey = kLeastExponent - 1;  // exponent_ of a token past the keys
+
+  __device__ __forceinline__ RowState (&states() const)[kN] {
+    return smem_.rows[kShared ? 0 : wg_];
+  }
 
   // Whether a row's maximum grew in a turn of a warpgroup; turns are counted over all passes.
   __device__ __forceinline__ bool has_grown(int wg, uint32_t turn) const {
@@ -301,34 +415,85 @@ class Attend {
     const Place at;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float2 f =
-          *reinterpret_cast<const float2*>(&smem_.row_factor[wg][turn % 2][8 * j + 2 * at.t]);
+      rescale_output(
+          j, *reinterpret_cast<const float2*>(&smem_.row_factor[wg][turn % 2][8 * j + 2 * at.t]));
+    }
+  }
+  // Of rows 8 j + 2 t and one on.
+  __device__ __forceinline__ void rescale_output(int j, float2 factor) {
 #pragma unroll
-      for (int i = 0; i < kProducts; ++i) {
-        o[i][4 * j] *= f.x;
-        o[i][4 * j + 1] *= f.y;
-        o[i][4 * j + 2] *= f.x;
-        o[i][4 * j + 3] *= f.y;
-      }
+    for (int i = 0; i < kProducts; ++i) {
+      o[i][4 * j] *= factor.x;
+      o[i][4 * j + 1] *= factor.y;
+      o[i][4 * j + 2] *= factor.x;
+      o[i][4 * j + 3] *= factor.y;
     }
   }
 
   // O^T += V^T P^T of a tile whose P warpgroup `owner` has written.
   __device__ __forceinline__ void values_keys(int owner, int32_t tile_in_pass, uint32_t tile) {
     const uint32_t turn = owner == wg_ ? own_turn_ : other_turn_;
-    wait_for_tile(tile);
+    if constexpr (kShared) wait_for_tile(tile);
     zero_tail(tile_in_pass, tile);
-    flash_mla::sm90::wait(smem_.p_full[owner], turn % 2);
-    flash_mla::sm90::wgmma_wait<0>();
+    if constexpr (kShared) {
+      flash_mla::sm90::wait(smem_.p_full[owner], turn % 2);
+      flash_mla::sm90::wgmma_wait<0>();
+      pin_output();
+      if (has_grown(owner, turn)) rescale_output(owner, turn);
+    }
     pin_output();
-    if (has_grown(owner, turn)) rescale_output(owner, turn);
-    pin_output();
+    if constexpr (C::kCodes) {
+      if constexpr (kShared) {
+        values_codes(owner, tile, wg_, o);
+      } else {
+        values_codes(owner, tile, 0, reinterpret_cast<Half&>(o[0]));
+        values_codes(owner, tile, 1, reinterpret_cast<Half&>(o[kHalfProducts]));
+      }
+      release(tile);  // its codes are in registers
+      flash_mla::sm90::wgmma_wait<0>();
+      pin_output();
+    } else {
+      flash_mla::sm90::wgmma_fence();
+      const Operand p(smem_.p[owner], flash_mla::sm90::kKMajorLeading);
+      // The K tile read along the keys: 8 more keys are 1 KB on, 64 more columns a block.
+      const Operand v(smem_.k[tile % C::kStages], flash_mla::sm90::kKMajorLeading);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+          Mma::template product<true, kN, Mma::kMnMajor>(
+              o[i], v.at(i * C::kBlockBytes + step * kDepth * 128), p.at(step * 32));
+        }
+      }
+      flash_mla::sm90::wgmma_commit();
+      flash_mla::sm90::wgmma_wait<0>();
+      pin_output();
+      release(tile);
+    }
+    if (kShared && owner != wg_) {
+      const Place at;
+      if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_empty[owner]);
+      __syncwarp();
+    }
+  }
+  // This warp has read all that it needs of the tile.
+  __device__ __forceinline__ void release(uint32_t tile) {
+    const Place at;
+    __syncwarp();
+    if (at.lane == 0) flash_mla::sm90::arrive(smem_.kv_empty[tile % C::kStages]);
+    __syncwarp();
+  }
+  using Half = float[kHalfProducts][kN / 2];
+  // For columns [256 half, 256 half + 256).
+  __device__ __forceinline__ void values_codes(int owner, uint32_t tile, int columns_half,
+                                               Half& o) {
     const Place at;
     // 8 codes of keys 2 t and 2 t + 1 of eight, among the warp's 64 columns, half a block.
     const int32_t chunk = at.warp % 2 * 4 + at.g / 2;
     const int32_t key[2] = {2 * at.t, permuted(2 * at.t + 1)};
     const uint8_t* const v = smem_.k[tile % C::kStages] +
-                             (2 * wg_ + at.warp / 2) * (kTileKeys * kCodeBlock) + at.g % 2 * 8;
+                             (2 * columns_half + at.warp / 2) * (kTileKeys * kCodeBlock) +
+                             at.g % 2 * 8;
     const int32_t offset[2] = {key[0] * kCodeBlock + ((chunk ^ key[0]) << 4),
                                key[1] * kCodeBlock + ((chunk ^ key[1]) << 4)};
     const Operand p(smem_.p[owner], flash_mla::sm90::kKMajorLeading);
@@ -344,7 +509,7 @@ class Attend {
               *reinterpret_cast<const uint2*>(v + offset[i] + first * kCodeBlock);
         }
         if constexpr (C::kScaled) {
-          const __half* const of = smem_.multiplier[owner][2 * wg_ + at.warp / 2] + first;
+          const __half* const of = smem_.multiplier[owner][2 * columns_half + at.warp / 2] + first;
           multipliers[step % 2][half] = __halves2half2(of[key[0]], of[key[1]]);
         }
       }
@@ -357,8 +522,8 @@ class Attend {
       uint2(&codes)[2][2] = all_codes[step % 2];
       __half2(&multiplier)[2] = multipliers[step % 2];
 #pragma unroll
-      for (int first = 0; first < kProducts; first += kColumnGroup) {
-        const int group = (step * kProducts + first) / kColumnGroup;
+      for (int first = 0; first < kHalfProducts; first += kColumnGroup) {
+        const int group = (step * kHalfProducts + first) / kColumnGroup;
         uint32_t (&columns)[kColumnGroup][4] = a[group % kFlights];
         if (group >= kFlights) flash_mla::sm90::wgmma_wait<kFlights - 1>();
 #pragma unroll
@@ -386,35 +551,28 @@ class Attend {
         flash_mla::sm90::wgmma_commit();
       }
     }
-    // All is in registers that this warp needs of the stage.
-    __syncwarp();
-    if (at.lane == 0) flash_mla::sm90::arrive(smem_.kv_empty[tile % C::kStages]);
-    __syncwarp();
-    flash_mla::sm90::wgmma_wait<0>();
-    pin_output();
-    if (owner != wg_) {
-      if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_empty[owner]);
-      __syncwarp();
-    }
   }
 
   __device__ __forceinline__ const volatile ItemSlot& slot() const {
     return smem_.feed.slots[slot_];
   }
 
-  // Keys past the cache's end: their P is 0, but their codes may be NaN. Each warpgroup clears what
-  // it multiplies.
+  // Keys past the cache's end: their P is 0, but their values may be NaN. Each warpgroup clears
+  // what it multiplies.
   __device__ __forceinline__ void zero_tail(int32_t tile_in_pass, uint32_t tile) {
     if (tile_in_pass < partial_from_) return;
     const int32_t valid =
         uniform(slot().num_keys - (slot().item.block_begin + tile_in_pass) * kTileKeys);
     if (valid >= kTileKeys) return;
-    uint8_t* const half = smem_.k[tile % C::kStages] + 2 * wg_ * (kTileKeys * kCodeBlock);
+    constexpr int kBlocks = C::kLatentBytes / C::kBlockBytes / (kShared ? kConsumers : 1);
+    uint8_t* const first =
+        smem_.k[tile % C::kStages] + (kShared ? kBlocks * wg_ * C::kBlockBytes : 0);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x % kWarpgroup; i < (kTileKeys - valid) * 16; i += kWarpgroup) {
-      const int32_t key = valid + i / 16;
-      *reinterpret_cast<uint4*>(half + i / 8 % 2 * (kTileKeys * kCodeBlock) + key * kCodeBlock +
-                                i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    for (int32_t i = threadIdx.x % kWarpgroup; i < (kTileKeys - valid) * kBlocks * 8;
+         i += kWarpgroup) {
+      const int32_t key = valid + i / 8 / kBlocks;
+      *reinterpret_cast<uint4*>(first + i / 8 % kBlocks * C::kBlockBytes + key * 128 + i % 8 * 16) =
+          make_uint4(0, 0, 0, 0);
     }
     flash_mla::sm90::fence_async_proxy();  // the copy engine will write there
     sync_warpgroup();
@@ -422,6 +580,13 @@ class Attend {
 
   // Logits of keys that a row does not attend become -inf.
   __device__ __forceinline__ void look_at_keys(int32_t tile, uint64_t missing) {
+    if constexpr (!C::kConvertsQuery) {
+      const float scale = slot().scale_log2;
+      if (!(scale > 0.0f)) {
+#pragma unroll
+        for (float& s : s_) s *= scale;
+      }
+    }
     const Place at;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -455,12 +620,12 @@ class Attend {
         *static_cast<volatile uint64_t*>(&smem_.missing_keys[count % C::kStages]);
     const bool complete = __all_sync(kAllLanes, missing == 0);
     if (tile >= partial_from_ || !complete) look_at_keys(tile, missing);
-    if (tile > 0) follow_sums();
+    if (kShared && tile > 0) follow_sums();
 
     // Does a row exceed its standing maximum by much?
     const Place at;
     const auto state = [&](int j) {
-      return *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+      return *reinterpret_cast<const float4*>(&states()[8 * j + 2 * at.t]);
     };
     float high = -kInfinity;
 #pragma unroll
@@ -475,10 +640,12 @@ class Attend {
     const bool grown = any_in_warpgroup(high > kRescaleThresholdLog2);
     const uint32_t turn = own_turn_;
     if (grown) grow(turn);
-    if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][turn % 2] = grown;
-    __syncwarp();
-    if (at.lane == 0) flash_mla::sm90::arrive(smem_.max_full[wg_]);
-    __syncwarp();
+    if constexpr (kShared) {
+      if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][turn % 2] = grown;
+      __syncwarp();
+      if (at.lane == 0) flash_mla::sm90::arrive(smem_.max_full[wg_]);
+      __syncwarp();
+    }
 
     float sums[kN / 4];  // [2 j + e]: of this thread's two keys, for row 8 j + 2 t + e
 #pragma unroll
@@ -499,8 +666,8 @@ class Attend {
     add_up<kN / 4, 16>(at, sums);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] += sums[i];
-    // The other warpgroup is done with P of the last turn.
-    flash_mla::sm90::wait(smem_.p_empty[wg_], (turn + 1) % 2);
+    // The other warpgroup is done with P of the last turn; this one was when it voted.
+    if constexpr (kShared) flash_mla::sm90::wait(smem_.p_empty[wg_], (turn + 1) % 2);
     if constexpr (C::kScaled) write_multipliers(at, count);
     // A matrix is eight rows of P^T and eight of the warp's keys; lane i addresses row i % 8.
     const uint32_t to = flash_mla::sm90::smem_address(smem_.p[wg_]) +
@@ -511,15 +678,18 @@ class Attend {
       uint32_t matrices[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        matrices[i] =
-            flash_mla::sm90::pack<DType::kFloat16>(s_[4 * j + 2 * i], s_[4 * j + 2 * i + 1]);
+        matrices[i] = flash_mla::sm90::pack<C::kMmaType>(s_[4 * j + 2 * i], s_[4 * j + 2 * i + 1]);
       }
       flash_mla::sm90::store_matrices_transposed(to + j * (8 * 128), matrices);
     }
     flash_mla::sm90::fence_async_proxy();
-    __syncwarp();
-    if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_full[wg_]);
-    __syncwarp();
+    if constexpr (kShared) {
+      __syncwarp();
+      if (at.lane == 0) flash_mla::sm90::arrive(smem_.p_full[wg_]);
+      __syncwarp();
+    } else {
+      sync_warpgroup();
+    }
   }
 
   // Adds up the first `n` sums over the lanes of a t; each keeps a part of the rows.
@@ -558,7 +728,7 @@ class Attend {
     const Place at;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float4 rows = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+      const float4 rows = *reinterpret_cast<const float4*>(&states()[8 * j + 2 * at.t]);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float factor = e == 0 ? rows.y : rows.w;
@@ -568,20 +738,24 @@ class Attend {
         for (int d = 4; d < kLanes; d *= 2) {
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, d));
         }
-        if (at.g == 0) smem_.column_max[at.warp][8 * j + 2 * at.t + e] = most;
+        if (at.g == 0) smem_.column_max[kShared ? 0 : wg_][at.warp][8 * j + 2 * at.t + e] = most;
       }
     }
     sync_warpgroup();
     const int row = at.warp * kLanes + at.lane;
     if (row < kN) {
-      float most = smem_.rows[row].max;
+      RowState& state = states()[row];
+      float most = state.max;
 #pragma unroll
-      for (int w = 0; w < kWarpgroupWarps; ++w) most = fmaxf(most, smem_.column_max[w][row]);
-      smem_.row_factor[wg_][turn % 2][row] = flash_mla::sm90::fast_exp2(smem_.rows[row].max - most);
-      smem_.rows[row].max = most;
+      for (int w = 0; w < kWarpgroupWarps; ++w) {
+        most = fmaxf(most, smem_.column_max[kShared ? 0 : wg_][w][row]);
+      }
+      smem_.row_factor[wg_][turn % 2][row] = flash_mla::sm90::fast_exp2(state.max - most);
+      state.max = most;
     }
     sync_warpgroup();
     rescale_sums(wg_, turn);
+    if constexpr (!kShared) rescale_output(wg_, turn);
   }
 
   const GpuParams& p_;
@@ -595,4 +769,4 @@ class Attend {
   uint32_t own_turn_ = 0, other_turn_ = 0;  // tiles of the two warpgroups that are done
 };
 
-}  // namespace flash_mla::mla_decode_dense::sm90::fp8
+}  // namespace flash_mla::mla_decode_dense::sm90::transposed
