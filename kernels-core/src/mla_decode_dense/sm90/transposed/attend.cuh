@@ -115,10 +115,20 @@ class Attend {
   __device__ __forceinline__ void add_up_output() {
     if constexpr (!kShared) {
       rescale_to_common_maximum();
-      if (wg_ == 0) {
-        exchange<0>();
-      } else {
-        exchange<1>();
+#pragma unroll
+      for (int first = 0; first < kHalfProducts; first += kExchanged) {
+        if (first > 0) flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+        if (wg_ == 0) {
+          send<1>(first);
+        } else {
+          send<0>(first);
+        }
+        flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+        if (wg_ == 0) {
+          receive<0>(first);
+        } else {
+          receive<1>(first);
+        }
       }
     }
   }
@@ -165,33 +175,34 @@ class Attend {
       rescale_output(j, make_float2(factor(8 * j + 2 * at.t), factor(8 * j + 2 * at.t + 1)));
     }
   }
+  // Products that are exchanged at once, from `first` on, by way of shared memory.
+  static constexpr int kFloat4s = kN / 8;  // of a thread in a product
+  static constexpr int kExchanged =
+      kShared ? kHalfProducts
+              : C::kExchangeBytes / static_cast<int>(kConsumerThreads * kFloat4s * sizeof(float4));
+  static_assert(kHalfProducts % kExchanged == 0);
   template <int kHalf>
-  __device__ __forceinline__ void exchange() {
-    constexpr int kAtOnce = C::kExchangeBytes / (kConsumerThreads * kN / 2 * 4);  // products
-    static_assert(kHalfProducts % kAtOnce == 0);
-    const int32_t thread = static_cast<int32_t>(threadIdx.x) % kWarpgroup;
-    constexpr int kSize = kN / 8;  // float4s
+  __device__ __forceinline__ void send(int first) {
+    float4* const to = smem_.exchange[kHalf] + static_cast<int32_t>(threadIdx.x) % kWarpgroup;
 #pragma unroll
-    for (int first = 0; first < kHalfProducts; first += kAtOnce) {
-      if (first > 0) flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
+    for (int i = 0; i < kExchanged * kFloat4s; ++i) {
+      const float* const from = o[kHalf * kHalfProducts + first + i / kFloat4s] + i % kFloat4s * 4;
+      to[i * kWarpgroup] = make_float4(from[0], from[1], from[2], from[3]);
+    }
+  }
+  template <int kHalf>
+  __device__ __forceinline__ void receive(int first) {
+    const float4* const from =
+        smem_.exchange[kHalf] + static_cast<int32_t>(threadIdx.x) % kWarpgroup;
 #pragma unroll
-      for (int i = 0; i < kAtOnce * kSize; ++i) {
-        const float* const from =
-            o[(1 - kHalf) * kHalfProducts + first + i / kSize] + i % kSize * 4;
-        smem_.exchange[1 - kHalf][i * kWarpgroup + thread] =
-            make_float4(from[0], from[1], from[2], from[3]);
-      }
-      flash_mla::sm90::named_barrier_sync(kItemDone, kConsumerThreads);
-#pragma unroll
-      for (int i = 0; i < kAtOnce * kSize; ++i) {
-        const float4 other = smem_.exchange[kHalf][i * kWarpgroup + thread];
-        const float* const own = o[kHalf * kHalfProducts + first + i / kSize] + i % kSize * 4;
-        float* const to = o[first + i / kSize] + i % kSize * 4;
-        to[0] = own[0] + other.x;
-        to[1] = own[1] + other.y;
-        to[2] = own[2] + other.z;
-        to[3] = own[3] + other.w;
-      }
+    for (int i = 0; i < kExchanged * kFloat4s; ++i) {
+      const float4 other = from[i * kWarpgroup];
+      const float* const own = o[kHalf * kHalfProducts + first + i / kFloat4s] + i % kFloat4s * 4;
+      float* const to = o[first + i / kFloat4s] + i % kFloat4s * 4;
+      to[0] = own[0] + other.x;
+      to[1] = own[1] + other.y;
+      to[2] = own[2] + other.z;
+      to[3] = own[3] + other.w;
     }
   }
 
