@@ -33,8 +33,9 @@ __device__ __forceinline__ void clear_query_rows(uint8_t* q, int32_t blocks, int
   flash_mla::sm90::fence_async_proxy();
 }
 
-// Which loader of keys a warp of the producer is; -1: the second one, which has queries to load. One
-// is enough for pages of 64 tokens and more; smaller ones take many requests to the copy engine.
+// Which loader of keys a warp of the producer is; -1: the second one, which has queries to load.
+// One is enough for pages of 64 tokens and more; smaller ones take many requests to the copy
+// engine.
 inline constexpr int kLoaders = kWarpgroupWarps - 1;
 __device__ __forceinline__ int32_t loader_of(int32_t warp) {
   return warp == 0 ? 0 : warp == 1 ? -1 : warp - 1;
