@@ -218,8 +218,8 @@ __device__ __forceinline__ void transpose(uint32_t (&words)[4]) {
   }
 }
 
-// Eight lanes take a line of a tile, 128 bytes, from eight parts at a time; each of them works out
-// the weight of one part.
+// Eight lanes take a line of a tile, 128 bytes, from up to eight parts at a time; each of them
+// works out the weight of one part.
 inline constexpr uint32_t kOctet = 8;
 inline constexpr uint32_t kRowLines = PartialTiles::kRowChunks / kOctet;
 
@@ -260,7 +260,7 @@ struct MergeThread {
   const uint8_t* data_at;    // of the first part, if it lay where the others do
   const uint8_t* header_at;  // of the part that the lane works out the weight of
   uint32_t part;
-  int32_t num_parts;  // from there; eight of them are taken
+  int32_t num_parts;  // from there; at most eight of them are taken
   float4 header;      // zero where there is no part
   uint4 data[kOctet];
 

@@ -22,9 +22,4 @@ __device__ __forceinline__ void load_tile(uint32_t smem, const CUtensorMap& map,
       : "memory");
 }
 
-// Consecutive bytes to L2; address and size are multiples of 16.
-__device__ __forceinline__ void prefetch_bytes(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 }  // namespace flash_mla::sm90

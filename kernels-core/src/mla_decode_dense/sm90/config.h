@@ -1,4 +1,4 @@
-// Tile sizes, barriers and shared memory of the sm90 kernel for 16-bit caches.
+// Tile sizes, barriers and shared memory of the sm90 kernel for 64 rows and 16-bit caches.
 #pragma once
 
 #include <cstdint>

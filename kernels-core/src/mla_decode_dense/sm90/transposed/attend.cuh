@@ -221,7 +221,7 @@ class Attend {
     const int32_t row = static_cast<int32_t>(threadIdx.x);
     if (row < kN) {
       float factor;
-      if constexpr (C::kConvertsQuery) {
+      if constexpr (C::kCodes) {
         factor = smem_.query_factor[slot_][row];
       } else {  // look_at_keys() applies one that is not positive
         factor = slot().scale_log2 > 0.0f ? slot().scale_log2 : 1.0f;
@@ -591,7 +591,7 @@ class Attend {
 
   // Logits of keys that a row does not attend become -inf.
   __device__ __forceinline__ void look_at_keys(int32_t tile, uint64_t missing) {
-    if constexpr (!C::kConvertsQuery) {
+    if constexpr (!C::kCodes) {
       const float scale = slot().scale_log2;
       if (!(scale > 0.0f)) {
 #pragma unroll
@@ -650,7 +650,7 @@ class Attend {
     }
     const bool grown = any_in_warpgroup(high > kRescaleThresholdLog2);
     const uint32_t turn = own_turn_;
-    if (grown) grow(turn);
+    if (grown) grow(turn, tile > 0);
     if constexpr (kShared) {
       if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][turn % 2] = grown;
       __syncwarp();
@@ -735,7 +735,9 @@ class Attend {
   }
 
   // The standing maxima become those of the tile, where it has larger ones.
-  __device__ __forceinline__ void grow(uint32_t turn) {
+  __device__ __forceinline__ void grow(uint32_t turn, bool follows) {
+    // The other warpgroup's exponentials of the tile before are relative to those that stand.
+    if (kShared && follows) flash_mla::sm90::wait(smem_.p_full[wg_ ^ 1], other_turn_ % 2);
     const Place at;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
@@ -777,7 +779,8 @@ class Attend {
   const int wg_;
   uint32_t slot_;         // of the pass
   int32_t partial_from_;  // tiles from here on may hold keys that some row does not attend
-  uint32_t own_turn_ = 0, other_turn_ = 0;  // tiles of the two warpgroups that are done
+  // Where O's columns are shared: tiles of the two warpgroups that are done. Else 0.
+  uint32_t own_turn_ = 0, other_turn_ = 0;
 };
 
 }  // namespace flash_mla::mla_decode_dense::sm90::transposed

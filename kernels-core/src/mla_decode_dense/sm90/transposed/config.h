@@ -22,7 +22,8 @@ enum HardwareBarrier : int {  // __syncthreads is 0
 template <class Cfg>
 struct Config {
   static constexpr KvLayout kLayout = kv_layout(Cfg::v.kv);
-  // Codes are converted where they are used, and multiplied as fp16.
+  // Codes are converted where they are used, and multiplied as fp16; so is Q for them, when it is
+  // loaded.
   static constexpr bool kCodes = kLayout.value == KvValue::kE4m3;
   static constexpr DType kMmaType =
       kLayout.value == KvValue::kBf16 ? DType::kBFloat16 : DType::kFloat16;
@@ -61,11 +62,11 @@ struct Config {
   // Beside the stages: Q, P, and at most 7 KB for what else SharedStorage lists.
   static constexpr int kFixedBytes =
       kColumnBlocks * kQueryBlockBytes + kConsumers * kRows * 128 + kExchangeBytes + 7168;
-  // load -> attend: the bytes of Q arrive by the copy engine, but where they are converted.
-  static constexpr bool kConvertsQuery = kCodes;
-
   static constexpr int kMaxStages = (kMaxSmemBytes - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
+  static constexpr int kFewStages = kMaxStages < 4 ? kMaxStages : 4;
+  // A stage must always be the same warpgroup's where each attends its own tiles: the parity of a
+  // barrier means nothing to one that has not seen all of its phases.
+  static constexpr int kStages = kShared ? kFewStages : kFewStages / kConsumers * kConsumers;
 };
 
 // Of a query row: the standing maximum of its logits in units of log2, and what q.k times gives
@@ -102,8 +103,8 @@ struct alignas(1024) SharedStorage {
   alignas(16) float row_factor[kConsumers][2][C::kRows];
   float column_max[C::kShared ? 1 : kConsumers][kWarpgroupWarps][C::kRows];
   float row_sum[kConsumers * kWarpgroupWarps][C::kRows];
-  // Of the warpgroups' tiles: what a token's codes are multiplied with, and the power of two that P
-  // carries for it (v32_fp8).
+  // Of the warpgroups' tiles: what a token's codes are multiplied with, over the power of two that
+  // P carries for it (v32_fp8).
   __half multiplier[kConsumers][C::kScaled ? C::kScales : 1][kTileKeys];
 
   uint64_t missing_keys[C::kStages];  // bit: the key lies on a page that does not exist

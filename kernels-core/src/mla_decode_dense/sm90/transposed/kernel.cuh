@@ -10,7 +10,8 @@
 //   warps  registers   role
 //   0-3    208 or 216  attend: even tiles
 //   4-7    208 or 216  attend: odd tiles
-//   8-11   88 or 72    load: the CTA's items, page table, K by TMA (warp 8); Q (9-11)
+//   8-11   88 or 72    load: the CTA's items, page table, K by TMA (warp 8); Q: 16-bit by TMA (9),
+//                      float8 with conversions (9-11); 16-bit K in small pages (10-11)
 //
 // With 16 and 32 rows the two warpgroups work each for itself, with a maximum, sums and all of O's
 // columns of its own, and add up at the end of a pass. With 64 rows O takes the registers of both:
@@ -81,11 +82,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (thread == kConsumerThreads) {
     flash_mla::sm90::prefetch_map(maps.keys);
-    if constexpr (!C::kConvertsQuery) flash_mla::sm90::prefetch_map(maps.q);
+    if constexpr (!C::kCodes) flash_mla::sm90::prefetch_map(maps.q);
     if constexpr (C::kRope && C::kCodes) flash_mla::sm90::prefetch_map(maps.rope);
     if constexpr (C::kScaled) flash_mla::sm90::prefetch_map(maps.scales);
   }
-  if constexpr (!C::kConvertsQuery) {
+  if constexpr (!C::kCodes) {
     clear_query_rows(smem.q, C::kColumnBlocks, C::kQueryBlockBytes, p.grid.tiles.rows());
   }
   const auto& runs = measure_after_predecessor(p, smem.p);

@@ -208,7 +208,7 @@ __device__ __forceinline__ void load(const GpuParams& p, const TensorMaps& maps,
       p, smem.feed, runs, team, member,
       [] { flash_mla::sm90::named_barrier_sync(kLoading, kWarpgroup); },
       [&](const ItemPass& pass) {
-        if constexpr (C::kConvertsQuery) {
+        if constexpr (C::kCodes) {
           convert_query(p, smem, pass);
         } else if (threadIdx.x == kConsumerThreads + kLanes) {
           load_query(p, maps.q, smem.q, C::kColumnBlocks, C::kQueryBlockBytes, smem.feed.q_full,
