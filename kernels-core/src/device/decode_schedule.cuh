@@ -2,11 +2,9 @@
 #pragma once
 
 #include "device/decode_schedule.h"
+#include "device/warp.cuh"
 
 namespace flash_mla {
-
-inline constexpr int kLanes = 32;
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What a CTA keeps of the plan, in shared memory.
 struct PlanStorage {

@@ -246,6 +246,8 @@ struct MergedSoftmax : SoftmaxRow {
   }
 };
 
+inline constexpr MergedSoftmax kNothing = {{std::numeric_limits<float>::lowest(), 0.0f}};
+
 // A thread in the merge of a share, which is lines [first, first + count) of a tile. Octets side by
 // side take a line each, then the lines that far on. A thread loads eight chunks at once: of eight
 // parts; or of four or two, of two or four lines of a row, where there are no more. Where there are
@@ -318,6 +320,17 @@ struct MergeThread {
   }
 };
 
+template <DType kType>
+__device__ __forceinline__ void add_chunk(const uint4& chunk, float weight, float (&value)[8]) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 pair = unpack<kType>(words[k]);
+    value[2 * k] += weight * pair.x;
+    value[2 * k + 1] += weight * pair.y;
+  }
+}
+
 // Where a row's results go; null for a row that there is not.
 struct MergedRow {
   uint8_t* out = nullptr;
@@ -359,21 +372,15 @@ __device__ __forceinline__ void merge_lines(const PartTiles& tiles, MergeThread&
     const uint32_t line = base + own.line, at = own.first + line;
     base += own.width;
     const bool more = base < own.count;
-    MergedSoftmax softmax = {{std::numeric_limits<float>::lowest(), 0.0f}};
+    MergedSoftmax softmax = kNothing;
     const float part_sum = own.header.y + own.header.z;
     float rescale, weight = softmax.add(own.header.x, part_sum, rescale);
     if (PartialTiles::normalised(kType)) weight *= part_sum;
     float value[kLines][8] = {};
 #pragma unroll
     for (int i = 0; i < static_cast<int>(kOctet); ++i) {
-      const float w = __shfl_sync(kAllLanes, weight, i % kParts, kOctet);
-      const uint32_t words[4] = {own.data[i].x, own.data[i].y, own.data[i].z, own.data[i].w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = unpack<kType>(words[k]);
-        value[i / kParts][2 * k] += w * pair.x;
-        value[i / kParts][2 * k + 1] += w * pair.y;
-      }
+      add_chunk<kType>(own.data[i], __shfl_sync(kAllLanes, weight, i % kParts, kOctet),
+                       value[i / kParts]);
     }
     if (more) {
       own.seek(tiles, base, 0);
@@ -395,7 +402,6 @@ __device__ __forceinline__ void merge_lines(const PartTiles& tiles, MergeThread&
 template <DType kType, PartColumns kColumns, int kThreads, class Output, class Barrier>
 __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, uint32_t thread,
                                       void* smem, const Output& output, const Barrier& barrier) {
-  constexpr MergedSoftmax kNothing = {{std::numeric_limits<float>::lowest(), 0.0f}};
   const uint32_t first_row = own.first / kRowLines;
   // Of helpers: a maximum and, relative to it, the softmax's sum and eight values.
   float2* const sums = static_cast<float2*>(smem);
@@ -441,14 +447,7 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
 #pragma unroll
     for (float& v : value) v *= rescale;
     const auto add = [&](int i) {
-      const float w = __shfl_sync(kAllLanes, weight, i, kOctet);
-      const uint32_t words[4] = {own.data[i].x, own.data[i].y, own.data[i].z, own.data[i].w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = unpack<kType>(words[k]);
-        value[2 * k] += w * pair.x;
-        value[2 * k + 1] += w * pair.y;
-      }
+      add_chunk<kType>(own.data[i], __shfl_sync(kAllLanes, weight, i, kOctet), value);
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) add(i);

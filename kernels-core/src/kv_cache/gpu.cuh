@@ -9,8 +9,9 @@
 // and written 16 bytes a lane, the cache 2 to 16, all of it coalesced; a tile's amax is a butterfly
 // of shuffles over the 1 to 32 lanes that have its columns. No shared memory, no barrier.
 //
-// Bottleneck (a model, not measured): device memory. On an H200 that moves 3.4 TB/s a row of 1312
-// bytes (v41_fp4 and bf16) leaves an SM 90 cycles, of whose 360 issue slots about 220 are used.
+// Bottleneck: device memory (README.md has the numbers). On an H200 that moves 3.4 TB/s a row of
+// 1312 bytes (v41_fp4 and bf16) leaves an SM 90 cycles, of whose 360 issue slots about 220 are
+// used.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,7 @@ __device__ __forceinline__ uint8_t* of_lane(uint8_t* address, int lane) {
 // Move: Append or Gather. kProgrammatic: starts while the kernel that writes its input drains, and
 // lets the next one start (sm_90 and later).
 template <class Move, bool kProgrammatic>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
+__global__ void __launch_bounds__(kWarpsPerBlock* kLanes)
     move_kernel(const __grid_constant__ GpuParams params) {
   using S = typename Move::S;
   if constexpr (kProgrammatic) {
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
     flash_mla::sm90::launch_successor();
   }
   const Params& p = params.problem;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int64_t warp = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarpLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int64_t warp = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kLanes;
   const int64_t first = warp * params.rows_per_warp;
   const int64_t rest = params.num_rows - first;
   const int count = static_cast<int>(rest < params.rows_per_warp ? rest : params.rows_per_warp);
@@ -135,7 +136,7 @@ Status launch_move(const Problem& p, Stream stream) {
   const int64_t rows_per_block = int64_t{kWarpsPerBlock} * params.rows_per_warp;
   const LaunchShape shape = {
       .grid = dim3(static_cast<uint32_t>((num_rows + rows_per_block - 1) / rows_per_block)),
-      .block = dim3(kWarpsPerBlock * kWarpLanes),
+      .block = dim3(kWarpsPerBlock * kLanes),
       .programmatic = kProgrammatic};
   switch (p.kv_dtype) {
     case DType::kBFloat16:

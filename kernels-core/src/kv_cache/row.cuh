@@ -6,14 +6,12 @@
 #include "device/e2m1.cuh"
 #include "device/e4m3.cuh"
 #include "device/quant.h"
+#include "device/warp.cuh"
 #include "kv_cache/chunk.cuh"
 #include "kv_cache/problem.h"
 #include "runtime/variant.h"
 
 namespace flash_mla::kv_cache {
-
-inline constexpr int kWarpLanes = 32;
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct RowAddress {
   uint8_t* kv;
@@ -31,10 +29,10 @@ struct Shape {
   static constexpr int kColumns = kChunkBytes / kElementBytes;
   static constexpr int kMaxColumns = kPacked ? kLayout.d_qk : kLatentDim + kRopeDim;
   static constexpr int kMaxChunks = kMaxColumns / kColumns;
-  static constexpr int kRounds = (kMaxChunks + kWarpLanes - 1) / kWarpLanes;
+  static constexpr int kRounds = (kMaxChunks + kLanes - 1) / kLanes;
   static constexpr int kNopeChunks = kPacked ? kLayout.d_nope / kColumns : kMaxChunks;
   static constexpr int kTileLanes = kPacked ? kLayout.scale_tile / kColumns : 1;
-  static_assert(kTileLanes <= kWarpLanes && (kTileLanes & (kTileLanes - 1)) == 0);
+  static_assert(kTileLanes <= kLanes && (kTileLanes & (kTileLanes - 1)) == 0);
   static_assert(kNopeChunks % kTileLanes == 0);
 
   static constexpr bool kHalf = kLayout.value == KvValue::kBf16 || kLayout.value == KvValue::kFp16;
@@ -53,36 +51,35 @@ struct Shape {
                 kLayout.page_scale_bytes * kLayout.scale_tile == kLayout.d_qk);
 
   // Which chunks a round has; some rounds have both kinds.
-  static constexpr bool has_nope(int round) { return round * kWarpLanes < kNopeChunks; }
+  static constexpr bool has_nope(int round) { return round * kLanes < kNopeChunks; }
   static constexpr bool has_rope(int round) {
-    return kPacked && (round + 1) * kWarpLanes > kNopeChunks;
+    return kPacked && (round + 1) * kLanes > kNopeChunks;
   }
 
   // Whether the lane has a chunk of one kind in a round.
   static __device__ __forceinline__ bool is_nope(const Params& p, int lane, int round) {
     const int end = kPacked ? kNopeChunks : p.cache.d_qk / kColumns;
-    return has_nope(round) && round * kWarpLanes + lane < end;
+    return has_nope(round) && round * kLanes + lane < end;
   }
   static __device__ __forceinline__ bool is_rope(int lane, int round) {
-    return has_rope(round) && (!has_nope(round) || round * kWarpLanes + lane >= kNopeChunks) &&
-           round * kWarpLanes + lane < kMaxChunks;
+    return has_rope(round) && (!has_nope(round) || round * kLanes + lane >= kNopeChunks) &&
+           round * kLanes + lane < kMaxChunks;
   }
 
   // Where the lane's chunk of a round is, by its offset from lane 0's of round 0.
   static __device__ __forceinline__ uint8_t* kv(const RowAddress& at, int lane, int round) {
-    return at.kv + lane * kChunkBytes + round * kWarpLanes * kChunkBytes;
+    return at.kv + lane * kChunkBytes + round * kLanes * kChunkBytes;
   }
   static __device__ __forceinline__ uint8_t* codes(const RowAddress& at, int lane, int round) {
-    return at.token + lane * kCodeBytes + round * kWarpLanes * kCodeBytes;
+    return at.token + lane * kCodeBytes + round * kLanes * kCodeBytes;
   }
   static __device__ __forceinline__ uint8_t* rope(const RowAddress& at, int lane, int round) {
     return at.token + lane * kRopeBytes +
-           (kLayout.rope_offset_bytes + (round * kWarpLanes - kNopeChunks) * kRopeBytes);
+           (kLayout.rope_offset_bytes + (round * kLanes - kNopeChunks) * kRopeBytes);
   }
   static __device__ __forceinline__ uint8_t* scale(const RowAddress& at, int lane, int round) {
     uint8_t* scales = kPageScales ? at.scales : at.token + kLayout.scales_offset_bytes;
-    return scales + lane / kTileLanes * kScaleBytes +
-           round * (kWarpLanes / kTileLanes) * kScaleBytes;
+    return scales + lane / kTileLanes * kScaleBytes + round * (kLanes / kTileLanes) * kScaleBytes;
   }
 };
 

@@ -5,13 +5,13 @@
 
 #include "device/scalar.h"
 #include "device/sm90/programmatic_launch.cuh"
+#include "device/warp.cuh"
 #include "runtime/launch.h"
 #include "runtime/variant.h"
 #include "split_kv_combine/problem.h"
 
 namespace flash_mla::split_kv_combine {
 
-inline constexpr int kWarpLanes = 32;
 inline constexpr int kWarpsPerBlock = 8;
 inline constexpr int kVectorBytes = 16;
 
@@ -59,7 +59,7 @@ __device__ __forceinline__ void merge_row(const Params& p, int64_t n, int64_t h,
   // The loads of both parts do not wait for the weights.
   const int64_t vectors = p.d / V::kSize;
 #pragma unroll 2
-  for (int64_t i = lane; i < vectors; i += kWarpLanes) {
+  for (int64_t i = lane; i < vectors; i += kLanes) {
     const V part_a = reinterpret_cast<const V*>(a)[i];
     const V part_b = reinterpret_cast<const V*>(b)[i];
     V result;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void merge_row(const Params& p, int64_t n, int64_t h,
     }
     reinterpret_cast<V*>(merged)[i] = result;
   }
-  for (int64_t c = vectors * V::kSize + lane; c < p.d; c += kWarpLanes) {
+  for (int64_t c = vectors * V::kSize + lane; c < p.d; c += kLanes) {
     merged[c] = Element<kDType>::store(weighted(weights.a, Element<kDType>::load(a[c])) +
                                        weighted(weights.b, Element<kDType>::load(b[c])));
   }
@@ -82,10 +82,10 @@ __device__ __forceinline__ void merge_row(const Params& p, int64_t n, int64_t h,
 
 // kProgrammatic: starts while the kernel that writes its input drains (sm_90 and later).
 template <class Cfg, bool kProgrammatic>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes) merge_kernel(Params params) {
+__global__ void __launch_bounds__(kWarpsPerBlock* kLanes) merge_kernel(Params params) {
   if constexpr (kProgrammatic) flash_mla::sm90::wait_for_predecessor();
-  const int lane = threadIdx.x % kWarpLanes;
-  const int64_t warp = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarpLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t warp = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kLanes;
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   for (int64_t row = warp; row < params.n * params.h; row += num_warps) {
     merge_row<Cfg::v.q>(params, row / params.h, row % params.h, lane);
@@ -110,7 +110,7 @@ Status launch_merge(const Problem& p, Stream stream) {
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   const int64_t blocks = (p.n * p.h + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const LaunchShape shape = {.grid = dim3(blocks < kMaxBlocks ? blocks : kMaxBlocks),
-                             .block = dim3(kWarpsPerBlock * kWarpLanes),
+                             .block = dim3(kWarpsPerBlock * kLanes),
                              .programmatic = kProgrammatic};
   return launch_kernel(merge_kernel<Cfg, kProgrammatic>, shape, stream, kOperator,
                        static_cast<const Params&>(p));

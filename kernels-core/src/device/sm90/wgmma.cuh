@@ -44,15 +44,6 @@ struct Wgmma {
   static constexpr auto kMnMajor = cute::SM90::GMMA::Major::MN;
   static constexpr bool kBf16 = kType == DType::kBFloat16;
 
-  // D[64][64] (+)= A[64][16] B[64][16]^T, both K-major in shared memory.
-  template <bool kAccumulate>
-  static __device__ __forceinline__ void product_n64(float (&d)[32], uint64_t a, uint64_t b) {
-    using namespace cute::SM90::GMMA;
-    using Op = std::conditional_t<kBf16, MMA_64x64x16_F32BF16BF16_SS<kKMajor, kKMajor>,
-                                  MMA_64x64x16_F32F16F16_SS<kKMajor, kKMajor>>;
-    call<Op>(d, kAccumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<32>(), a, b);
-  }
-
   // D[64][128] += A[64][16] B[16][128], A K-major and B MN-major in shared memory.
   static __device__ __forceinline__ void product_n128(float (&d)[64], uint64_t a, uint64_t b) {
     using namespace cute::SM90::GMMA;
@@ -74,7 +65,7 @@ struct Wgmma {
   template <bool kAccumulate, int kN, cute::SM90::GMMA::Major kMajorA>
   static __device__ __forceinline__ void product(float (&d)[kN / 2], uint64_t a, uint64_t b) {
     using namespace cute::SM90::GMMA;
-    using Op = typename FromSmem<kN, kMajorA>::Op;
+    using Op = decltype(from_smem<kN, kMajorA>());
     call<Op>(d, kAccumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<kN / 2>(), a,
              b);
   }
@@ -84,7 +75,7 @@ struct Wgmma {
   static __device__ __forceinline__ void product(float (&d)[kN / 2], const uint32_t (&a)[4],
                                                  uint64_t b) {
     using namespace cute::SM90::GMMA;
-    using Op = typename FromRegisters<kN>::Op;
+    using Op = decltype(from_registers<kN>());
     call<Op>(d, kAccumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<kN / 2>(),
              a[0], a[1], a[2], a[3], b);
   }
@@ -93,35 +84,31 @@ struct Wgmma {
   template <class Bf16, class Fp16>
   using Typed = std::conditional_t<kBf16, Bf16, Fp16>;
   template <int kN>
-  struct FromRegisters {
-    template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>
-    static auto pick() {
-      using namespace cute::SM90::GMMA;
-      if constexpr (kN == 64) {
-        return Typed<MMA_64x64x16_F32BF16BF16_RS<kA, kB>, MMA_64x64x16_F32F16F16_RS<kA, kB>>{};
-      } else if constexpr (kN == 32) {
-        return Typed<MMA_64x32x16_F32BF16BF16_RS<kA, kB>, MMA_64x32x16_F32F16F16_RS<kA, kB>>{};
-      } else {
-        static_assert(kN == 16);
-        return Typed<MMA_64x16x16_F32BF16BF16_RS<kA, kB>, MMA_64x16x16_F32F16F16_RS<kA, kB>>{};
-      }
+  static auto from_registers() {
+    using namespace cute::SM90::GMMA;
+    constexpr auto K = kKMajor;
+    if constexpr (kN == 64) {
+      return Typed<MMA_64x64x16_F32BF16BF16_RS<K, K>, MMA_64x64x16_F32F16F16_RS<K, K>>{};
+    } else if constexpr (kN == 32) {
+      return Typed<MMA_64x32x16_F32BF16BF16_RS<K, K>, MMA_64x32x16_F32F16F16_RS<K, K>>{};
+    } else {
+      static_assert(kN == 16);
+      return Typed<MMA_64x16x16_F32BF16BF16_RS<K, K>, MMA_64x16x16_F32F16F16_RS<K, K>>{};
     }
-    using Op = decltype(pick<kKMajor, kKMajor>());
-  };
-  template <int kN, cute::SM90::GMMA::Major kMajorA>
-  struct FromSmem {
-    template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>
-    static auto pick() {
-      using namespace cute::SM90::GMMA;
-      if constexpr (kN == 32) {
-        return Typed<MMA_64x32x16_F32BF16BF16_SS<kA, kB>, MMA_64x32x16_F32F16F16_SS<kA, kB>>{};
-      } else {
-        static_assert(kN == 16);
-        return Typed<MMA_64x16x16_F32BF16BF16_SS<kA, kB>, MMA_64x16x16_F32F16F16_SS<kA, kB>>{};
-      }
+  }
+  template <int kN, cute::SM90::GMMA::Major A>
+  static auto from_smem() {
+    using namespace cute::SM90::GMMA;
+    constexpr auto K = kKMajor;
+    if constexpr (kN == 64) {
+      return Typed<MMA_64x64x16_F32BF16BF16_SS<A, K>, MMA_64x64x16_F32F16F16_SS<A, K>>{};
+    } else if constexpr (kN == 32) {
+      return Typed<MMA_64x32x16_F32BF16BF16_SS<A, K>, MMA_64x32x16_F32F16F16_SS<A, K>>{};
+    } else {
+      static_assert(kN == 16);
+      return Typed<MMA_64x16x16_F32BF16BF16_SS<A, K>, MMA_64x16x16_F32F16F16_SS<A, K>>{};
     }
-    using Op = decltype(pick<kMajorA, kKMajor>());
-  };
+  }
   template <class Op, int N, size_t... kIndex, class... Operands>
   static __device__ __forceinline__ void call(float (&d)[N], cute::SM90::GMMA::ScaleOut scale,
                                               std::index_sequence<kIndex...>,

@@ -159,9 +159,9 @@ class Attend {
         for (int step = 0; step < kColumnsPerBlock / 16; ++step) {
           const uint32_t offset = (i - first) * kColumnBlockBytes + step * 32;
           if (i == 0 && step == 0) {
-            Mma::template product_n64<false>(s_, q.at(offset), k.at(offset));
+            Mma::template product<false, kTileKeys, Mma::kKMajor>(s_, q.at(offset), k.at(offset));
           } else {
-            Mma::template product_n64<true>(s_, q.at(offset), k.at(offset));
+            Mma::template product<true, kTileKeys, Mma::kKMajor>(s_, q.at(offset), k.at(offset));
           }
         }
       }

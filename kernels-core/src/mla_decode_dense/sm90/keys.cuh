@@ -92,9 +92,7 @@ struct KeyWalk {
     if (lane == 0 && first_key(tile + kTableAhead) < num_keys) {
       asm volatile("prefetch.global.L1 [%0];" ::"l"(entry(tile + kTableAhead, 0)));
     }
-    int32_t page = -1;
-    if (first_key(tile) + box * box_keys < num_keys) page = *entry(tile, box);
-    return page;
+    return first_key(tile) + box * box_keys < num_keys ? *entry(tile, box) : -1;
   }
   // -1 for a page that does not exist.
   __device__ __forceinline__ int32_t existing(int32_t page) const {

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "device/sm89/e4m3.cuh"
 #include "mla_decode_dense/sm90/keys.cuh"
 #include "mla_decode_dense/sm90/transposed/config.h"
 
@@ -20,9 +21,8 @@ struct TensorMaps {
 };
 
 __device__ __forceinline__ uint32_t halves_of_codes(uint32_t two) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(two)));
-  return halves;
+  const __half2 halves = sm89::e4m3x2_to_halves(static_cast<uint16_t>(two));
+  return reinterpret_cast<const uint32_t&>(halves);
 }
 
 // Writes 16 columns of a query row, words[2 s] and words[2 s + 1] where thread t of four reads step
