@@ -7,7 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"bf16": "tab:blue", "fp16": "tab:cyan", "fp8": "tab:orange", "v32_fp8": "tab:red"}
+COLOURS = {
+    "bf16": "tab:blue",
+    "fp16": "tab:cyan",
+    "fp8": "tab:orange",
+    "v32_fp8": "tab:red",
+    "v4_fp8": "tab:purple",
+    "v41_fp8": "tab:green",
+}
 
 
 def draw(results: dict[str, Any], rows: list[dict[str, Any]], title: str, path: Path) -> None:

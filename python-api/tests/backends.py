@@ -41,6 +41,14 @@ class Backend:
     unserved: tuple[str, ...] = ()
     skip_reason: str | None = None
 
+    @property
+    def row(self) -> str:
+        """The kernels that serve decode here, as far as the names of variants tell."""
+        if self.device == "cpu":
+            return "cpu"
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        return "sm90" if hopper and self.kernel is None else "portable"
+
     def need_not_serve(self, error: Exception) -> bool:
         """Whether the error says that an operator has no kernel here, and it is in `unserved`."""
         # torch.ops, called without the package's functions, gives a RuntimeError with this tag.
@@ -50,7 +58,13 @@ class Backend:
 
 
 _NO_GPU = None if torch.cuda.is_available() else "no CUDA device"
-_ON_GPUS = ("mla_decode_dense", "merge_attn_states", "kv_cache_append", "kv_cache_gather")
+_ON_GPUS = (
+    "mla_decode_dense",
+    "mla_decode_sparse",
+    "merge_attn_states",
+    "kv_cache_append",
+    "kv_cache_gather",
+)
 _NOT_ON_GPUS = tuple(x for x in OPERATORS if x not in _ON_GPUS)
 
 BACKENDS = [

@@ -240,13 +240,21 @@ def index_lists(
     outside = outside[randint(gen, 0, 4, (b, s_q, topk))]
     share = {"none": 0.0, "some": 0.25, "all": 1.0}[invalid]
     lists = torch.where(torch.rand(b, s_q, topk, generator=gen) < share, outside, lists)
+    if topk_length is not None:
+        past = torch.arange(topk) >= torch.tensor(topk_length)[:, None, None]
+        lists[past.expand_as(lists)] = num_tokens - 1
     used = torch.zeros(num_tokens, dtype=torch.bool)
-    for n in range(b):
-        count = topk if topk_length is None else min(max(topk_length[n], 0), topk)
-        lists[n, :, count:] = num_tokens - 1
-        counted = lists[n, :, :count]
-        used[counted[(counted >= 0) & (counted < num_tokens)]] = True
+    used[lists[counted(lists, topk_length, num_tokens)]] = True
     return lists.int(), used
+
+
+def counted(lists: Tensor, topk_length: Tensor | Sequence[int] | None, num_tokens: int) -> Tensor:
+    """Which entries of lists [b, s_q, topk] count: inside the cache, and left of topk_length."""
+    inside = (lists >= 0) & (lists.long() < num_tokens)
+    if topk_length is None:
+        return inside
+    length = torch.as_tensor(topk_length, device=lists.device)
+    return inside & (torch.arange(lists.shape[-1], device=lists.device) < length[:, None, None])
 
 
 def sparse_cache(

@@ -12,7 +12,14 @@ import pytest
 
 # --import-mode=importlib leaves this folder off sys.path; the helpers beside this file are needed.
 sys.path.insert(0, str(Path(__file__).parent))
-for _helper in ("cases", "device_decode", "float64_reference", "kv_cache_bytes", "tolerances"):
+for _helper in (
+    "cases",
+    "device_decode",
+    "device_sparse_decode",
+    "float64_reference",
+    "kv_cache_bytes",
+    "tolerances",
+):
     pytest.register_assert_rewrite(_helper)
 
 import hypothesis  # noqa: E402
@@ -71,6 +78,14 @@ def _backends_of_other_tests_are_not_forced(
     """A backend stays set up until the session's next one is."""
     if "backend" not in request.fixturenames:
         monkeypatch.delenv("FLASH_MLA_KERNEL", raising=False)
+
+
+@pytest.fixture(scope="module")
+def gpu_memory_is_given_back() -> Iterator[None]:
+    """For modules with tests that make caches of several GiB."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,5 @@
-"""Dense decode of any size, built and answered on the device that runs it.
+"""Decode of any size, built and answered on the device that runs it: dense decode, and what sparse
+decode (device_sparse_decode.py) shares with it.
 
 cases.dense_decode and float64_reference go through keys one by one on the CPU, which takes minutes
 for thousands of requests or a million keys. Here both are done for many requests at once; on small
@@ -9,14 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import kv_cache_bytes
+import pytest
 import torch
 from cases import GARBAGE_PAGES, KV_STD, Q_STD, Decode, padded_rows, poison, swapped
-from kv_cache_bytes import PACKED, PLAIN, POISON_BYTE
-from tolerances import DECODE_ROUNDED_K, Tolerance, decode_with_logits_of
+from kv_cache_bytes import PACKED, PLAIN, POISON_BYTE, V4_PAGE_ALIGN_BYTES
+from tolerances import (
+    DECODE_ROUNDED_K,
+    Tolerance,
+    assert_lse_close,
+    assert_out_close,
+    decode_with_logits_of,
+)
 from torch import Tensor
 
 D_V = 512
@@ -24,6 +32,7 @@ D_V = 512
 STEP_BYTES = 2**30
 KEYS_A_STEP = 2**16
 
+AnyDecode = TypeVar("AnyDecode", bound="DeviceDecode")
 Edit = Callable[[Tensor], Any]
 KeyEdit = Callable[[Tensor, Tensor], Any]
 
@@ -34,20 +43,14 @@ class Format:
 
     name: str
     kv_format: str
-    fp8_q: bool = False
-    descales: str = "none"
     scales: str = "power_of_two"
 
     def __str__(self) -> str:
         return self.name
 
     def build(self) -> dict[str, Any]:
-        return {
-            "kv_format": self.kv_format,
-            "fp8_q": self.fp8_q,
-            "descales": self.descales,
-            "scales": self.scales,
-        }
+        """Arguments of dense_decode or sparse_decode: every field but the name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
 
     def tolerance(self, logits: float = 0.0) -> Tolerance:
         """Of a result whose logits are up to `logits`; 0 is for those of random data."""
@@ -55,49 +58,63 @@ class Format:
         return replace(sharp, lse_abs=DECODE_ROUNDED_K.lse_abs) if self.scales == "any" else sharp
 
 
+@dataclass(frozen=True)
+class DenseFormat(Format):
+    fp8_q: bool = False
+    descales: str = "none"
+
+
 ALL_FORMATS = [
-    Format("bf16", "bf16"),
-    Format("fp16", "fp16"),
-    Format("fp8", "fp8"),
-    Format("fp8+k", "fp8", descales="one"),
-    Format("fp8+k[b]", "fp8", descales="per_request"),
-    Format("fp8,q8", "fp8", fp8_q=True),
-    Format("fp8+k,q8+q", "fp8", fp8_q=True, descales="one"),
-    Format("fp8+k[b],q8+q[b]", "fp8", fp8_q=True, descales="per_request"),
-    Format("v32_fp8", "v32_fp8"),
-    Format("v32_fp8*any", "v32_fp8", scales="any"),
+    DenseFormat("bf16", "bf16"),
+    DenseFormat("fp16", "fp16"),
+    DenseFormat("fp8", "fp8"),
+    DenseFormat("fp8+k", "fp8", descales="one"),
+    DenseFormat("fp8+k[b]", "fp8", descales="per_request"),
+    DenseFormat("fp8,q8", "fp8", fp8_q=True),
+    DenseFormat("fp8+k,q8+q", "fp8", fp8_q=True, descales="one"),
+    DenseFormat("fp8+k[b],q8+q[b]", "fp8", fp8_q=True, descales="per_request"),
+    DenseFormat("v32_fp8", "v32_fp8"),
+    DenseFormat("v32_fp8*any", "v32_fp8", scales="any"),
 ]
 # One for each combination of dtypes, hence one for each kernel that a head count can have.
 FORMATS = [f for f in ALL_FORMATS if f.name in ("bf16", "fp16", "fp8+k", "fp8,q8", "v32_fp8")]
 
 
 @dataclass
-class DenseDecode(Decode):
-    """A call whose answer can be had again for other lengths, tables or queries."""
+class DeviceDecode(Decode):
+    """A call whose answer can be had again for other lengths, tables, indices or queries."""
 
     kv_format: str = "bf16"
 
-    def changed(self, **inputs: Tensor) -> DenseDecode:
-        """The call with some inputs replaced, and its own answer."""
-        merged = self.inputs | inputs
-        expected = answer(merged, self.kv_format, **self.options)
-        return replace(self, inputs=merged, expected_out=expected[0], expected_lse=expected[1])
+    def answer(self) -> tuple[Tensor, Tensor]:
+        """(out [b, s_q, h_q, 512], lse [b, h_q, s_q]) of the inputs, float64."""
+        raise NotImplementedError
 
-    def with_options(self, **options: Any) -> DenseDecode:
+    def changed(self: AnyDecode, **inputs: Tensor) -> AnyDecode:
+        """The call with some inputs replaced, and its own answer."""
+        other = replace(self, inputs=self.inputs | inputs)
+        other.expected_out, other.expected_lse = other.answer()
+        return other
+
+    def with_options(self: AnyDecode, **options: Any) -> AnyDecode:
         """The call with another softmax_scale or causal, and its own answer."""
         return replace(self, options=self.options | options).changed()
 
-    def requests(self, which: Sequence[int] | Tensor) -> DenseDecode:
+    def per_request(self) -> dict[str, Tensor]:
+        """The inputs whose first dimension is the batch."""
+        shared = ("k_cache", "extra_k_cache", "attn_sink")
+        return {
+            name: x
+            for name, x in self.inputs.items()
+            if name not in shared and not (name.startswith("descale") and x.numel() == 1)
+        }
+
+    def requests(self: AnyDecode, which: Sequence[int] | Tensor) -> AnyDecode:
         """Some of the requests, in this order, over the same cache; the answer is theirs."""
         rows = torch.as_tensor(which, device=self.inputs["q"].device, dtype=torch.long)
-        per_request = {
-            name: take(x, rows)
-            for name, x in self.inputs.items()
-            if name != "k_cache" and not (name.startswith("descale") and x.numel() == 1)
-        }
         return replace(
             self,
-            inputs=self.inputs | per_request,
+            inputs=self.inputs | {name: take(x, rows) for name, x in self.per_request().items()},
             expected_out=self.expected_out[rows],
             expected_lse=self.expected_lse[rows],
         )
@@ -105,6 +122,82 @@ class DenseDecode(Decode):
     def poisoned_out(self) -> Tensor:
         q = self.inputs["q"]
         return poison(*q.shape[:3], D_V, dtype=self.out_dtype, device=str(q.device))
+
+
+@dataclass
+class DenseDecode(DeviceDecode):
+    def answer(self) -> tuple[Tensor, Tensor]:
+        return answer(self.inputs, self.kv_format, **self.options)
+
+
+def check(
+    inputs: DeviceDecode, fmt: Format, logits: float = 0.0, **changes: Any
+) -> tuple[Tensor, Tensor]:
+    """Calls and compares. logits: how large they are, where that decides what fp32 can hold."""
+    out, lse = inputs.run(**changes)
+    assert_out_close(out, inputs.expected_out, fmt.tolerance(logits))
+    assert_lse_close(lse, inputs.expected_lse, fmt.tolerance(logits))
+    return out, lse
+
+
+def check_copies(few: DeviceDecode, fmt: Format) -> None:
+    """A result of more than 2^31 elements: the requests over and over. In batch-invariant mode each
+    copy has the same bits.
+    """
+    needs_memory(24)
+    b = few.expected_out.shape[0]
+    copies = 2**31 // few.expected_out.numel() + 8
+    rows = torch.arange(b, device=few.expected_out.device).repeat(copies)
+    many = {name: take(x, rows) for name, x in few.per_request().items()}
+    wanted_out, wanted_lse = check(few, fmt, batch_invariant=True)
+    for batch_invariant in (True, False):
+        out, lse = few.run(**many, out=None, batch_invariant=batch_invariant)
+        assert out.numel() > 2**31
+        for i in range(0, copies, 64):
+            here = slice(b * i, b * min(i + 64, copies))
+            size = (here.stop - here.start) // b
+            if batch_invariant:
+                assert torch.equal(out[here], wanted_out.repeat(size, 1, 1, 1))
+                assert torch.equal(lse[here], wanted_lse.repeat(size, 1, 1))
+            elif i % 512 == 0 or here.stop == b * copies:
+                expected = few.expected_out.repeat(size, 1, 1, 1)
+                assert_out_close(out[here], expected, fmt.tolerance())
+                expected = few.expected_lse.repeat(size, 1, 1)
+                assert_lse_close(lse[here], expected, fmt.tolerance())
+        del out, lse
+
+
+def chosen_variants(
+    inputs: DeviceDecode,
+    operator: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
+    """The kernels that a call says it takes."""
+    monkeypatch.setenv("FLASH_MLA_LOG", "select")
+    capfd.readouterr()
+    inputs.run()
+    logged = capfd.readouterr()
+    chosen = [
+        line.partition("->")[2].split(";")[0].strip()
+        for line in (logged.err + logged.out).splitlines()
+        if operator in line and "->" in line
+    ]
+    assert chosen, "FLASH_MLA_LOG=select printed no choice"
+    return chosen
+
+
+def needs_memory(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    free -= torch.cuda.memory_allocated()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free / 2**30:.1f} are free")
+
+
+def randn_on(device: str, gen: torch.Generator) -> Callable[..., Tensor]:
+    """randn(*shape) of a generator on the device, which `gen` seeds."""
+    local = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=gen)))
+    return lambda *shape: torch.randn(*shape, generator=local, device=device)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
@@ -139,7 +232,8 @@ def empty_cache(
     """A poisoned cache.
 
     layout "strided": rows with a gap, pages with a gap, and it begins 16 bytes into its storage;
-    "transposed": heads before tokens, and every second page of its storage.
+    "transposed": heads before tokens, and every second page of its storage. Of v4_fp8 only pages
+    can lie apart.
     """
     dtype = PLAIN.get(kv_format, torch.uint8)
     width = PACKED[kv_format].bytes_per_token if kv_format in PACKED else d_qk * dtype.itemsize
@@ -148,6 +242,9 @@ def empty_cache(
         start, row_gap, page_gap = 16, 64, 112
     row = width + row_gap
     page = page_size * h_kv * row + page_gap
+    if kv_format in PACKED and PACKED[kv_format].scales_after_page:
+        row = width
+        page = kv_cache_bytes.round_up(page_size * width, V4_PAGE_ALIGN_BYTES) + page_gap
     strides = (page, h_kv * row, row, 1)
     if layout == "transposed":
         strides = (2 * page, row, page_size * row, 1)
@@ -165,8 +262,16 @@ def fill_cache(cache: Tensor, kv_format: str, value: float) -> None:
         cache.fill_(value)
     else:
         codes, scales, rope = kv_cache_bytes.split_views(cache, kv_format)
-        codes.fill_(0x7E)  # 448: times Inf it is Inf
-        scales.view(torch.float32).fill_(value)
+        negative = 0x80 if value < 0 else 0
+        if kv_format == "v32_fp8":
+            codes.fill_(0x7E)  # 448: times Inf it is Inf
+            scales.view(torch.float32).fill_(value)
+        elif kv_format == "v41_fp4":  # 6 times 448
+            codes.fill_(0xFF if negative else 0x77)
+            scales.fill_(0x7E)
+        else:  # 448 times 2^127, which is Inf in fp32
+            codes.fill_(0x7E | negative)
+            scales.fill_(0xFE)
         rope.view(torch.bfloat16).fill_(value)
 
 
@@ -206,10 +311,7 @@ def dense_decode(
     counts = (length + page_size - 1) // page_size
     num_pages = int(counts.sum()) + 2 if num_pages is None else num_pages
     table = _pages(gen, device, counts, num_pages, pages)
-    local = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=gen)))
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=local, device=device)
+    random = randn_on(device, gen)
 
     descale = {
         "none": None,
@@ -283,7 +385,7 @@ def answer(
     out = torch.zeros(b, s_q, h_q, D_V, dtype=torch.float64, device=q.device)
     lse = torch.full((b, h_q, s_q), math.inf, dtype=torch.float64, device=q.device)
     lengths = inputs["cache_seqlens"].tolist()
-    for group in _groups(lengths, bytes_a_key=8 * (cache.shape[2] * d_qk + s_q * h_q)):
+    for group in groups_of(lengths, bytes_a_key=8 * (cache.shape[2] * d_qk + s_q * h_q)):
         rows = torch.tensor(group, device=q.device)
         out[rows], lse[rows] = _attend(
             queries[rows],
@@ -298,8 +400,8 @@ def answer(
     return out, lse
 
 
-def _groups(lengths: list[int], *, bytes_a_key: int) -> Iterator[list[int]]:
-    """Requests of like length; those without keys in none."""
+def groups_of(lengths: list[int], *, bytes_a_key: int) -> Iterator[list[int]]:
+    """Requests of like length, the longest last; those without keys in none."""
     group: list[int] = []
     for n in sorted((n for n in range(len(lengths)) if lengths[n] > 0), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[n] * bytes_a_key > STEP_BYTES:
@@ -384,14 +486,17 @@ def ramp(shape: str, length: int, *, rise: float) -> Tensor:
     return (x - 0.5) * rise
 
 
-def logits_in_one_column(levels: Tensor, scale: float, column: int = -1) -> tuple[Edit, KeyEdit]:
+def logits_in_one_column(
+    levels: Tensor, scale: float, column: int = -1, largest: float = 0.9 * 448
+) -> tuple[Edit, KeyEdit]:
     """Edits that add levels[j] to every query's logit of key j, through one column of q and K.
 
     The column is a RoPE column if d_qk is 576: V does not have it. |K| stays within e4m3's range.
+    largest: of |K| there; where V has the column it must not be large beside the others.
     """
     size = max(float(levels.abs().max()), 1e-3)
-    key = 0.9 * 448 * levels / size
-    factor = size / (0.9 * 448) / scale
+    key = largest * levels / size
+    factor = size / largest / scale
 
     def edit_queries(q: Tensor) -> None:
         q[..., column] = factor

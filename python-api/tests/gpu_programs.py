@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from device_decode import FORMATS, DenseDecode, dense_decode
+from device_decode import FORMATS, DeviceDecode, Format, check
+from device_sparse_decode import FEW_SPARSE_FORMATS, SPARSE_FORMATS, decode_of
 from kv_cache_bytes import PACKED, PLAIN
 from tolerances import assert_bitwise_equal, assert_lse_close, assert_out_close
 from torch import Tensor
@@ -24,9 +25,9 @@ DEVICE = "cuda"
 
 def first_call_under_capture(gen: torch.Generator) -> None:
     """Nothing of the library has run before; each format's first call is captured too."""
-    cases = [dense_decode(gen, DEVICE, lengths=[3000, 0, 65], s_q=2, causal=True, **f.build())
-             for f in FORMATS]  # fmt: skip
-    for fmt, case in zip(FORMATS, cases, strict=True):
+    formats = [*FORMATS, *SPARSE_FORMATS]
+    cases = [decode_of(f, gen, DEVICE, [3000, 0, 65], s_q=2) for f in formats]
+    for fmt, case in zip(formats, cases, strict=True):
         graph, out = torch.cuda.CUDAGraph(), case.poisoned_out()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
@@ -63,11 +64,9 @@ def first_kv_cache_call_under_capture(gen: torch.Generator) -> None:
 class Worker:
     """A call made again and again, its results compared on the device with those of before."""
 
-    def __init__(self, case: DenseDecode, stream: torch.cuda.Stream) -> None:
+    def __init__(self, case: DeviceDecode, fmt: Format, stream: torch.cuda.Stream) -> None:
         self.case, self.stream = case, stream
-        self.wanted = case.run()
-        assert_out_close(self.wanted[0], case.expected_out, FORMATS[0].tolerance())
-        assert_lse_close(self.wanted[1], case.expected_lse, FORMATS[0].tolerance())
+        self.wanted = check(case, fmt)
         self.out = case.poisoned_out()
         self.wrong = torch.zeros((), dtype=torch.long, device=DEVICE)
         torch.cuda.synchronize()
@@ -93,16 +92,17 @@ class Worker:
         return graph
 
 
-def workers(gen: torch.Generator, batches: Sequence[Sequence[int]], h_q: int) -> list[Worker]:
+def workers(
+    gen: torch.Generator, batches: Sequence[Sequence[int]], h_q: int, formats: Sequence[Format]
+) -> list[Worker]:
+    """The formats in turn."""
     return [
-        Worker(
-            dense_decode(gen, DEVICE, lengths=lengths, heads=(h_q, 1), **f.build()),
-            torch.cuda.Stream(),
-        )
-        for lengths, f in zip(batches, [FORMATS[0], FORMATS[-1]] * len(batches), strict=False)
+        Worker(decode_of(f, gen, DEVICE, lengths, h_q=h_q), f, torch.cuda.Stream())
+        for lengths, f in zip(batches, itertools.cycle(formats), strict=False)
     ]
 
 
+DENSE, SPARSE = [FORMATS[0], FORMATS[-1]], FEW_SPARSE_FORMATS[::2]
 # Calls small enough to be on the GPU together; calls that each would take all of it.
 TOGETHER = [
     [[70, 3], [64, 200]],
@@ -114,13 +114,13 @@ TOGETHER = [
 
 def concurrent_streams(gen: torch.Generator) -> None:
     """Eager calls on a stream each, then graphs."""
-    for h_q, batches in itertools.product((16, 128), TOGETHER):
-        group = workers(gen, batches, h_q)
+    for h_q, batches, formats in itertools.product((16, 128), TOGETHER, (DENSE, SPARSE)):
+        group = workers(gen, batches, h_q, formats)
         for i in range(300):
             for worker in group:
                 worker.step(check=i % 3 == 2)
         torch.cuda.synchronize()
-        assert [int(w.wrong) for w in group] == [0] * len(group), ("eager", h_q, batches)
+        assert [int(w.wrong) for w in group] == [0] * len(group), ("eager", h_q, batches, formats)
 
         graphs = [worker.capture() for worker in group]
         torch.cuda.synchronize()
@@ -129,14 +129,14 @@ def concurrent_streams(gen: torch.Generator) -> None:
                 with torch.cuda.stream(worker.stream):
                     graph.replay()
         torch.cuda.synchronize()
-        assert [int(w.wrong) for w in group] == [0] * len(group), ("graphs", h_q, batches)
+        assert [int(w.wrong) for w in group] == [0] * len(group), ("graphs", h_q, batches, formats)
 
 
 def concurrent_threads(gen: torch.Generator) -> None:
     """Threads with a stream each, and threads that share the default stream."""
     batches = [[700, 3], [64] * 50, [20_000], [0, 1, 2]]
-    own = workers(gen, batches, 16)
-    shared = workers(gen, batches, 16)
+    own = workers(gen, batches, 16, [*DENSE, *SPARSE])
+    shared = workers(gen, batches, 16, [*SPARSE, *DENSE])
     for worker in shared:
         worker.stream = torch.cuda.default_stream()
 

@@ -5,6 +5,7 @@ Nothing here calls the library, and no float8 arithmetic of torch takes part in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,10 @@ def look_up(table: Tensor, codes: Tensor) -> Tensor:
 
 def tile_scales(cache: Tensor, name: str, device: torch.device | str = "cpu") -> Tensor:
     """The scales of a packed cache, float64 [P, page, tiles]."""
-    raw = split_packed(cache.to(device), name)[1]
+    return _scales(split_packed(cache.to(device), name)[1], name)
+
+
+def _scales(raw: Tensor, name: str) -> Tensor:
     if name == "v32_fp8":
         return _floats(raw, torch.float32)
     return look_up(E4M3 if name == "v41_fp4" else UE8M0, raw)
@@ -112,16 +116,21 @@ def decode(
         return look_up(E4M3, as_bytes(cache)) * scale
     if name in PLAIN:
         return cache.double()
+    return _values(split_packed(cache, name), name).unsqueeze(2)
+
+
+def _values(parts: Sequence[Tensor], name: str) -> Tensor:
+    """Codes, scales and RoPE [.., bytes] as float64 [.., d_qk]."""
     fmt = PACKED[name]
-    codes, _, rope = split_packed(cache, name)
+    codes, scales, rope = parts
     if name == "v41_fp4":
         values = look_up(E2M1, torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2))
     else:
         values = look_up(E4M3, codes)
-    values = values * tile_scales(cache, name, device).repeat_interleave(fmt.tile, dim=-1)
+    values = values * _scales(scales, name).repeat_interleave(fmt.tile, dim=-1)
     if fmt.d_nope < fmt.d_qk:
         values = torch.cat([values, _floats(rope, torch.bfloat16)], dim=-1)
-    return values.unsqueeze(2)
+    return values
 
 
 def empty_packed(
@@ -151,7 +160,7 @@ def expected_scales(kv: Tensor, name: str) -> Tensor:
     amax = tiles.abs().amax(-1)
     if name != "v41_fp4":
         return _power_of_two_at_least((amax / 448).clamp_min(1e-4))
-    positive = E4M3[8:127]  # the positive normal numbers, in rising order
+    positive = E4M3[8:127].to(amax.device)  # the positive normal numbers, in rising order
     return positive[torch.searchsorted(positive, (amax / 6).contiguous())]
 
 
@@ -175,7 +184,8 @@ def encode(
         scale = (scale * 1.37).float().double()
     scaled = kv[..., : fmt.d_nope] / scale.repeat_interleave(fmt.tile, dim=-1)
     if name == "v41_fp4":
-        index = (scaled[..., None].abs() - E2M1[:8]).abs().argmin(-1) | (scaled < 0).int() << 3
+        magnitudes = E2M1[:8].to(kv.device)
+        index = (scaled[..., None].abs() - magnitudes).abs().argmin(-1) | (scaled < 0).int() << 3
         codes = (index[..., 0::2] | index[..., 1::2] << 4).to(torch.uint8)
         scale_bytes = scale.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
@@ -199,3 +209,31 @@ def split_views(cache: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     tokens = cache.as_strided((pages, page, 576), (stride, 576, 1), start)
     scales = cache.as_strided((pages, page, 7), (stride, 8, 1), start + page * 576)
     return tokens[..., :448], scales, tokens[..., 448:]
+
+
+def _place(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    return slots // cache.shape[1], slots % cache.shape[1]
+
+
+def decode_tokens(cache: Tensor, name: str, slots: Tensor) -> Tensor:
+    """What the tokens at flat positions [n] hold, float64 [n, d_qk], where the cache is.
+
+    Of a bf16, fp16 or packed cache of one head; no other token is read.
+    """
+    place = _place(cache, slots)
+    if name in PLAIN:
+        return cache[place][:, 0].double()
+    return _values([part[place] for part in split_views(cache, name)], name)
+
+
+def encode_tokens(
+    kv: Tensor, cache: Tensor, name: str, slots: Tensor, *, scales: str = "power_of_two"
+) -> None:
+    """Writes kv [n, 1, d_qk] to flat positions [n] of such a cache."""
+    place = _place(cache, slots)
+    pages_of_one = encode(kv.unsqueeze(1), name, scales=scales)
+    if name in PLAIN:
+        cache[place] = pages_of_one[:, 0]
+        return
+    for part, values in zip(split_views(cache, name), split_views(pages_of_one, name), strict=True):
+        part[place] = values[:, 0]

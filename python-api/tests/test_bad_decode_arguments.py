@@ -174,6 +174,8 @@ SPARSE = [
     Bad("q has 512 columns", lambda x: {"q": x["q"][..., :512]}, "q|cache", "512"),
     Bad("q is float32", lambda x: {"q": x["q"].float()}, r"\bq\b", "float32"),
     Bad("q is fp16", lambda x: {"q": x["q"].half()}, r"\bq\b", "float16|fp16"),
+    Bad("q skips columns", lambda x: {"q": wider(x["q"], 576)[..., ::2]}, r"\bq\b", "2"),
+    Bad("rows of q are misaligned", lambda x: {"q": misaligned(x["q"])}, r"\bq\b", "577|1154"),
     Bad("indices are int64", lambda x: {"indices": x["indices"].long()}, "indices", "int64"),
     Bad("indices have rank 2", lambda x: {"indices": x["indices"][:, 0]}, "indices", "2, 64"),
     Bad("indices of another batch", lambda x: {"indices": x["indices"][:1]}, "indices", "1"),
@@ -237,6 +239,31 @@ SPARSE = [
         "extra_k(v)?_cache",
         "bf16|bfloat16",
     ),
+    Bad(
+        "rows of the cache are misaligned",
+        lambda x: {"k_cache": misaligned(x["k_cache"])},
+        "cache",
+        "657",
+    ),
+    Bad(
+        "rows of the extra cache are misaligned",
+        lambda x: {"extra_k_cache": misaligned(x["extra_k_cache"])},
+        "extra_k(v)?_cache",
+        "657",
+    ),
+    Bad(
+        "a format of dense decode alone",
+        lambda x: {"k_cache": bf16_cache(x).to(torch.float8_e4m3fn)},
+        "cache",
+        "fp8",
+        UNSERVED,
+    ),
+    Bad(
+        "extra cache is v41_fp4 beside v32_fp8",
+        lambda x: {"extra_k_cache": x["extra_k_cache"][..., :288].contiguous()},
+        "q|extra_k(v)?_cache",
+        "288|v41_fp4|576",
+    ),
     Bad("cache has two heads", lambda x: {"k_cache": cuts(x["k_cache"], 2, 2)}, "cache", "2"),
     Bad("cache has rank 3", lambda x: {"k_cache": x["k_cache"][:, :, 0]}, "cache", "3, 64, 656"),
     Bad(
@@ -258,6 +285,7 @@ SPARSE = [
     Bad("head_dim_v is 576", lambda x: {"head_dim_v": 576}, "head_dim_v", "576"),
     Bad("out is float32", lambda x: {"out": x["out"].float()}, "out", "float32"),
     Bad("out has another batch", lambda x: {"out": x["out"][:1]}, "out", "1"),
+    Bad("out skips columns", lambda x: {"out": wider(x["out"], 512)[..., ::2]}, "out", "2"),
 ]
 
 
@@ -282,5 +310,12 @@ def test_tensors_of_another_device_are_refused(backend: Backend, gen: torch.Gene
         pytest.skip("needs a second device")
     case = dense_decode(gen, backend.device, lengths=[70, 3])
     for name in ("k_cache", "block_table", "cache_seqlens"):
+        with pytest.raises(ValueError, match="device"):
+            case.run(**{name: case.inputs[name].cpu()})
+    case = sparse_decode(
+        gen, backend.device, topk_length=[5, 9], attn_sink=(0.5,), extra=("v32_fp8", 2, 9),
+        extra_topk_length=[1, 9],
+    )  # fmt: skip
+    for name in case.inputs.keys() - {"q"}:
         with pytest.raises(ValueError, match="device"):
             case.run(**{name: case.inputs[name].cpu()})

@@ -7,7 +7,6 @@ several devices) is in test_cuda_streams_and_graphs.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,24 +17,26 @@ from cases import case_id, padded_rows, pairwise, swapped
 from device_decode import (
     ALL_FORMATS,
     FORMATS,
-    DenseDecode,
     Format,
+    check,
+    check_copies,
+    chosen_variants,
     dense_decode,
     empty_cache,
     fill_cache,
     logits_in_one_column,
+    needs_memory,
     ramp,
-    take,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kv_cache_bytes import PACKED, PLAIN
 from tolerances import assert_bitwise_equal, assert_lse_close, assert_out_close
-from torch import Tensor
 
-pytestmark = pytest.mark.parametrize(
-    "backend", parameters(GPU_BACKENDS), indirect=True, scope="session"
-)
+pytestmark = [
+    pytest.mark.parametrize("backend", parameters(GPU_BACKENDS), indirect=True, scope="session"),
+    pytest.mark.usefixtures("gpu_memory_is_given_back"),
+]
 BY_NAME = {f.name: f for f in ALL_FORMATS}
 PLAIN_FORMATS = [BY_NAME[name] for name in ("bf16", "fp16", "fp8", "fp8,q8", "v32_fp8")]
 
@@ -55,33 +56,8 @@ BATCHES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _memory_is_given_back() -> Iterator[None]:
-    """The caches of several GiB that some tests make."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def one_head_and_576_if_packed(case: dict[str, Any]) -> bool:
     return case["fmt"].kv_format != "v32_fp8" or (case["heads"][1] == 1 and case["d_qk"] == 576)
-
-
-def check(
-    inputs: DenseDecode, fmt: Format, logits: float = 0.0, **changes: Any
-) -> tuple[Tensor, Tensor]:
-    """logits: how large they are, where that decides what fp32 can hold."""
-    out, lse = inputs.run(**changes)
-    assert_out_close(out, inputs.expected_out, fmt.tolerance(logits))
-    assert_lse_close(lse, inputs.expected_lse, fmt.tolerance(logits))
-    return out, lse
-
-
-def needs_memory(gib: float) -> None:
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    free -= torch.cuda.memory_allocated()
-    if free < gib * 2**30:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free / 2**30:.1f} are free")
 
 
 MATRIX = pairwise(
@@ -200,31 +176,11 @@ def test_a_cache_beyond_2_to_the_32_elements(
 
 
 def test_a_result_beyond_2_to_the_31_elements(backend: Backend, gen: torch.Generator) -> None:
-    """Eight requests over and over: in batch-invariant mode each copy has the same bits."""
-    needs_memory(24)
     few = dense_decode(
         gen, backend.device, lengths=[5, 64, 0, 1, 130, 17, 3, 65], s_q=2, heads=(128, 1),
         causal=True,
     )  # fmt: skip
-    copies = 2**31 // (8 * 2 * 128 * 512) + 8
-    rows = torch.arange(8, device=backend.device).repeat(copies)
-    many = {name: take(x, rows) for name, x in few.inputs.items() if name != "k_cache"}
-    wanted_out, wanted_lse = check(few, FORMATS[0], batch_invariant=True)
-    for batch_invariant in (True, False):
-        out, lse = few.run(**many, out=None, batch_invariant=batch_invariant)
-        assert out.numel() > 2**31
-        for i in range(0, copies, 64):
-            here = slice(8 * i, 8 * min(i + 64, copies))
-            size = (here.stop - here.start) // 8
-            if batch_invariant:
-                assert torch.equal(out[here], wanted_out.repeat(size, 1, 1, 1))
-                assert torch.equal(lse[here], wanted_lse.repeat(size, 1, 1))
-            elif i % 512 == 0 or here.stop == 8 * copies:
-                expected = few.expected_out.repeat(size, 1, 1, 1)
-                assert_out_close(out[here], expected, FORMATS[0].tolerance())
-                expected = few.expected_lse.repeat(size, 1, 1)
-                assert_lse_close(lse[here], expected, FORMATS[0].tolerance())
-        del out, lse
+    check_copies(few, FORMATS[0])
 
 
 # ---- data ----
@@ -436,22 +392,11 @@ def test_each_row_has_kernels_for_every_format(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without this, the tests above might pass on the portable row twice."""
-    monkeypatch.setenv("FLASH_MLA_LOG", "select")
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    row = "sm90" if hopper and backend.kernel is None else "portable"
     for fmt in FORMATS:
         for heads in ((16, 1), (128, 1)):
             inputs = dense_decode(gen, backend.device, lengths=[70], heads=heads, **fmt.build())
-            capfd.readouterr()
-            inputs.run()
-            logged = capfd.readouterr()
-            chosen = [
-                line.partition("->")[2].split(";")[0].strip()
-                for line in (logged.err + logged.out).splitlines()
-                if "mla_decode_dense" in line and "->" in line
-            ]
-            assert chosen, "FLASH_MLA_LOG=select printed no choice"
-            assert all(row in name for name in chosen), (str(fmt), heads, chosen)
+            chosen = chosen_variants(inputs, "mla_decode_dense", capfd, monkeypatch)
+            assert all(backend.row in name for name in chosen), (str(fmt), heads, chosen)
 
 
 # ---- properties ----

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import cases
 import device_decode
+import device_sparse_decode
 import float64_reference
 import kv_cache_bytes
 import pytest
 import torch
 from backends import Backend
 from cases import Decode, case_id, dense_decode, index_lists, normal, pairwise, sparse_decode
+from device_sparse_decode import Lists
 from mha_cases import varlen
 from tolerances import FLOAT64, assert_lse_close, assert_out_close
 from torch import Tensor
@@ -148,6 +151,72 @@ def test_sparse_decode(backend: Backend, gen: torch.Generator, case: dict[str, A
         extra_topk_length=x.get("extra_topk_length"),
     )
     assert_same(found, inputs)
+
+
+EXTRA = {
+    "none": None,
+    "few": Lists(5, page_size=2),
+    "many": Lists(90, lengths=[60, 0, 1], page_size=100),
+}
+SPARSE_BATCHED = pairwise(
+    fmt=[f.name for f in device_sparse_decode.ALL_SPARSE_FORMATS],
+    b=[1, 3],
+    s_q=[1, 2],
+    topk=[0, 1, 70],
+    page_size=[1, 3, 64],
+    invalid=["none", "some", "all"],
+    lengths=[None, [0, 1, 100]],
+    extra=list(EXTRA),
+    attn_sink=[None, (0.5, INF, -INF)],
+    softmax_scale=[None, 0.07, 0.0, -0.03],
+    layout=["contiguous", "strided", "transposed"],
+)
+
+
+@pytest.mark.parametrize("case", SPARSE_BATCHED, ids=case_id)
+def test_the_answer_to_many_lists_at_once_is_that_of_one_by_one(
+    backend: Backend,
+    gen: torch.Generator,
+    case: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """device_sparse_decode.py; a step takes two or three queries."""
+    monkeypatch.setattr(device_decode, "STEP_BYTES", 200 * 8 * 576)
+    fmt = next(f for f in device_sparse_decode.ALL_SPARSE_FORMATS if f.name == case["fmt"])
+    b = case["b"]
+    lists, extra = (
+        one and replace(one, lengths=one.lengths and one.lengths[:b])
+        for one in (
+            Lists(case["topk"], case["lengths"], case["invalid"], case["page_size"]),
+            EXTRA[case["extra"]],
+        )
+    )
+    shapes = {x: case[x] for x in ("b", "s_q", "attn_sink", "softmax_scale", "layout")}
+    inputs = device_sparse_decode.sparse_decode(
+        gen, backend.device, h_q=3, lists=lists, extra=extra, **shapes, **fmt.build()
+    )
+    x = inputs.inputs
+    sets: list[Any] = []
+    for kv_format, names in zip(
+        (inputs.kv_format, inputs.extra_format), device_sparse_decode.SETS, strict=True
+    ):
+        cache, indices, length = (x.get(name) for name in names)
+        if cache is not None:
+            cache = kv_cache_bytes.decode(cases.to_device(cache, "cpu"), kv_format)
+        sets.append([cache, *(y if y is None else y.cpu() for y in (indices, length))])
+    (cache, indices, length), second = sets
+    scale = case["softmax_scale"]
+    expected = float64_reference.mla_decode_sparse(
+        x["q"].double().cpu(),
+        cache,
+        indices,
+        fmt.d_qk**-0.5 if scale is None else scale,
+        length,
+        x["attn_sink"].double().cpu() if "attn_sink" in x else None,
+        *second,
+    )
+    assert_out_close(inputs.expected_out, expected[0], FLOAT64)
+    assert_lse_close(inputs.expected_lse, expected[1], FLOAT64)
 
 
 @pytest.mark.parametrize("invalid", ["none", "some", "all"])

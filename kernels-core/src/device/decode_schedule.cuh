@@ -72,7 +72,7 @@ __device__ __forceinline__ void make_plan(const DecodeGrid& g, int32_t team,
     int32_t parts = 0;  // there are no more requests than teams: each is a run
 #pragma unroll 1
     for (int32_t r = lane; r < g.num_requests; r += kLanes) {
-      parts += max_of(1, ceil_div(runs.blocks[r], share));
+      parts += parts_of(runs.blocks[r], share);
     }
     return __reduce_add_sync(kAllLanes, parts) * g.units_per_request;
   });

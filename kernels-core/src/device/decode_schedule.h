@@ -93,6 +93,15 @@ struct DecodeGrid {
 };
 
 inline constexpr int32_t kMaxTeam = 4;
+
+// Units of fewer blocks are not cut. Partial results are rounded to 16 bits, and where few keys are
+// cut into few parts that is too much: what rounding adds falls with the number of keys.
+inline constexpr int32_t kLeastSplitBlocks = 8;
+
+// How many parts of at most `share` blocks a unit has.
+FLASH_MLA_HD constexpr int32_t parts_of(int32_t blocks, int32_t share) {
+  return blocks < kLeastSplitBlocks ? 1 : ceil_div(blocks, share);
+}
 // Threads of the smallest CTA that makes a plan: up to so many requests, it has each one's length.
 inline constexpr int32_t kMinPlanThreads = 128;
 
@@ -192,7 +201,7 @@ FLASH_MLA_HD DecodePlan choose_plan(const DecodeGrid& g, const WorkTotals& total
     const float least = sqrtf(g.part_cost_blocks * static_cast<float>(blocks));
     high = max_of(high, static_cast<int32_t>(least + 0.5f));
     const int32_t cost = high + kItemCostBlocks + g.split_cost_blocks;
-    if (high < totals.max_blocks && cost < best_cost) {
+    if (high < totals.max_blocks && totals.max_blocks >= kLeastSplitBlocks && cost < best_cost) {
       best = {PlanMode::kSplitUnits, high};
       best_cost = cost;
     }
@@ -209,7 +218,7 @@ FLASH_MLA_HD DecodePlan choose_plan(const DecodeGrid& g, const WorkTotals& total
 // What a request of `blocks` blocks takes up in the plan's sequence, per unit: parts or cost.
 FLASH_MLA_HD constexpr int32_t plan_weight(const DecodePlan& plan, int32_t blocks) {
   if (plan.mode == PlanMode::kWhole) return 1;
-  if (plan.mode == PlanMode::kSplitUnits) return max_of(1, ceil_div(blocks, plan.share));
+  if (plan.mode == PlanMode::kSplitUnits) return parts_of(blocks, plan.share);
   return blocks + kItemCostBlocks;
 }
 
@@ -282,7 +291,15 @@ struct DecodeCursor {
         item.block_begin = max_of(0, begin - position);
         item.block_end = min_of(blocks, end - position);
       }
-      const bool mine = item.block_begin < item.block_end || (blocks == 0 && position >= begin);
+      bool mine = item.block_begin < item.block_end;
+      if (plan.mode == PlanMode::kContiguous && blocks < kLeastSplitBlocks) {
+        // Whole, where it begins.
+        mine = position >= begin;
+        item = WorkItem{};
+        item.block_end = blocks;
+      } else if (blocks == 0) {
+        mine = position >= begin;
+      }
       item.request = mine ? request : -1;
       item.unit = unit;
       position += weight;

@@ -335,6 +335,14 @@ __device__ __forceinline__ void add_chunk(const uint4& chunk, float weight, floa
 struct MergedRow {
   uint8_t* out = nullptr;
   float* lse = nullptr;
+  const float* sink = nullptr;  // read where the output has kSinks; null: none
+
+  // What a sink leaves of the row.
+  template <bool kSinks>
+  __device__ __forceinline__ float factor(const MergedSoftmax& softmax) const {
+    if constexpr (!kSinks) return 1.0f;
+    return sink == nullptr ? 1.0f : sink_factor(softmax.lse(), *sink);
+  }
 };
 
 // Shared memory of merge() for tiles of `rows` rows.
@@ -344,11 +352,12 @@ constexpr int64_t merge_smem_bytes(int64_t num_threads, int64_t rows) {
 }
 
 // The thread's columns of a line, and the row's lse.
-template <DType kType, PartColumns kColumns>
+template <DType kType, PartColumns kColumns, bool kSinks>
 __device__ __forceinline__ void store_merged(const MergedRow& to, uint32_t at, uint32_t lane,
                                              const MergedSoftmax& softmax, float factor,
                                              const float (&value)[8]) {
-  const float scale = softmax.empty() ? 0.0f : __fdividef(factor, softmax.sum);
+  float scale = softmax.empty() ? 0.0f : __fdividef(factor, softmax.sum);
+  scale *= to.factor<kSinks>(softmax);
   uint32_t words[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -362,7 +371,7 @@ __device__ __forceinline__ void store_merged(const MergedRow& to, uint32_t at, u
 }
 
 // Few parts: kLines lines of a row at once.
-template <DType kType, PartColumns kColumns, int kLines>
+template <DType kType, PartColumns kColumns, int kLines, bool kSinks>
 __device__ __forceinline__ void merge_lines(const PartTiles& tiles, MergeThread& own,
                                             const MergedRow* rows, float result_factor) {
   constexpr int kParts = static_cast<int>(kOctet) / kLines;
@@ -391,7 +400,7 @@ __device__ __forceinline__ void merge_lines(const PartTiles& tiles, MergeThread&
     if (own.helper == 0 && line < own.count) to = rows[at / kRowLines - first_row];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      store_merged<kType, kColumns>(to, at + i, own.lane, softmax, result_factor, value[i]);
+      store_merged<kType, kColumns, kSinks>(to, at + i, own.lane, softmax, result_factor, value[i]);
     }
   }
 }
@@ -422,8 +431,10 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
   }
   const float result_factor = output.factor();
   barrier();
-  if (own.lines == 4) return merge_lines<kType, kColumns, 4>(tiles, own, rows, result_factor);
-  if (own.lines == 2) return merge_lines<kType, kColumns, 2>(tiles, own, rows, result_factor);
+  if (own.lines == 4)
+    return merge_lines<kType, kColumns, 4, Output::kSinks>(tiles, own, rows, result_factor);
+  if (own.lines == 2)
+    return merge_lines<kType, kColumns, 2, Output::kSinks>(tiles, own, rows, result_factor);
 
   MergedSoftmax softmax = kNothing;
   float value[8] = {}, rescale;
@@ -459,7 +470,8 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
     if (line_done && own.helpers == 1) {
       MergedRow to;
       if (own.helper == 0 && line < own.count) to = rows[at / kRowLines - first_row];
-      store_merged<kType, kColumns>(to, at, own.lane, softmax, result_factor, value);
+      store_merged<kType, kColumns, Output::kSinks>(to, at, own.lane, softmax, result_factor,
+                                                    value);
       softmax = kNothing;
 #pragma unroll
       for (float& v : value) v = 0.0f;
@@ -501,7 +513,8 @@ __device__ __forceinline__ void merge(const PartTiles& tiles, MergeThread& own, 
     const uint32_t at = own.first + own.line;
     const MergedRow to = rows[at / kRowLines - first_row];
     if (to.out == nullptr) continue;
-    const float scale = total.empty() ? 0.0f : __fdividef(result_factor, total.sum);
+    float scale = total.empty() ? 0.0f : __fdividef(result_factor, total.sum);
+    scale *= to.factor<Output::kSinks>(total);
     const uint32_t in_line = kColumns == PartColumns::kInOrder
                                  ? own.lane * 4 + k
                                  : own.lane / 4 * 16 + k * 4 + own.lane % 4;

@@ -3,10 +3,17 @@
 
 #include "device/decode_io.h"
 #include "device/paged_kv.h"
-#include "flash_mla/mla_decode_sparse.h"
 #include "runtime/check.h"
 
-namespace flash_mla::mla_decode_sparse {
+namespace flash_mla {
+
+// From flash_mla/mla_decode_sparse.h, which this header leaves out: it declares a function named as
+// the namespace below, and what nvcc writes for the host then does not compile.
+inline namespace v0 {
+struct MlaDecodeSparseArgs;
+}
+
+namespace mla_decode_sparse {
 
 inline constexpr char kOperator[] = "mla_decode_sparse";
 
@@ -42,4 +49,5 @@ class Problem : public Params {
                          Outputs outputs = Outputs::kRequired);
 };
 
-}  // namespace flash_mla::mla_decode_sparse
+}  // namespace mla_decode_sparse
+}  // namespace flash_mla

@@ -9,9 +9,9 @@ namespace flash_mla {
 [[gnu::format(printf, 2, 3)]] Status make_status(StatusCode code, const char* format, ...);
 
 // Returns from the enclosing function when an expression's Status is not ok.
-#define FLASH_MLA_RETURN_IF_ERROR(expression)                                      \
-  do {                                                                             \
-    if (::flash_mla::Status status_ = (expression); !status_.ok()) return status_; \
+#define FLASH_MLA_RETURN_IF_ERROR(...)                                              \
+  do {                                                                              \
+    if (::flash_mla::Status status_ = (__VA_ARGS__); !status_.ok()) return status_; \
   } while (false)
 
 }  // namespace flash_mla

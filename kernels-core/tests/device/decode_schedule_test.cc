@@ -49,7 +49,7 @@ DecodePlan plan_of(const DecodeGrid& g, const Lengths& lengths) {
   const WorkTotals totals = {std::accumulate(lengths.begin(), lengths.end(), 0), longest(lengths)};
   return choose_plan(g, totals, [&](int32_t share) {
     int32_t parts = 0;
-    for (int32_t blocks : lengths) parts += max_of(1, ceil_div(blocks, share));
+    for (int32_t blocks : lengths) parts += parts_of(blocks, share);
     return parts * g.units_per_request;
   });
 }
@@ -156,6 +156,9 @@ const char* broken_rule(const DecodeGrid& g, const Lengths& lengths, const Sched
       unit.blocks = item.block_end;
       ++unit.parts;
       team_blocks += item.block_end - item.block_begin;
+      if (item.num_parts > 1 && lengths[item.request] < kLeastSplitBlocks) {
+        return "a short unit is whole";
+      }
       // So a CTA has two partial tiles at most.
       if (item.part > 0 && i != 0) return "only a team's first item continues a unit";
       if (item.part + 1 < item.num_parts && i + 1 != items.size()) {
@@ -164,7 +167,7 @@ const char* broken_rule(const DecodeGrid& g, const Lengths& lengths, const Sched
     }
     if (s.plan.mode == PlanMode::kWhole) {
       if (static_cast<int32_t>(items.size()) > s.plan.share) return "a team has its share of units";
-    } else if (team_blocks > s.plan.share) {
+    } else if (team_blocks > s.plan.share + kLeastSplitBlocks - 1) {  // a short unit is whole
       return "a team has its share of blocks";
     }
   }

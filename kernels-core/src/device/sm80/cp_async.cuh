@@ -24,9 +24,21 @@ __device__ __forceinline__ void copy_4(uint32_t smem, const void* global, bool v
                : "memory");
 }
 
+// And for 8.
+__device__ __forceinline__ void copy_8(uint32_t smem, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+
 // Closes the group of this thread's copies since the last one.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// An arrival at an mbarrier, of those it counts, when all copies of this thread have landed.
+__device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Returns when all but the `kPending` latest groups of this thread have landed.

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
-#include "device/sm80/cp_async.cuh"
+#include "device/portable/copy.cuh"
+#include "device/portable/smem.h"
 #include "mla_decode_dense/gpu.cuh"
-#include "mla_decode_dense/portable/smem.h"
 
 namespace flash_mla::mla_decode_dense::portable {
+
+using flash_mla::portable::kSlabs;
+using flash_mla::portable::kTileKeys;
 
 // The keys of an item that any row of the CTA's tile attends.
 struct ItemKeys {
@@ -30,12 +33,12 @@ struct ItemKeys {
 
 // Walks the tiles of one item after the other. Lane k looks up key k of a tile: it reads the block
 // table one tile ahead and hands the token's address to the lanes that copy it.
-template <class Cfg>
+template <class C>
 class Loader {
-  using C = Config<Cfg>;
-
  public:
-  __device__ __forceinline__ Loader(const GpuParams& p, SharedStorage<Cfg>& smem)
+  static constexpr bool kPrepares = false;
+
+  __device__ __forceinline__ Loader(const GpuParams& p, flash_mla::portable::SharedStorage<C>& smem)
       : p_(p),
         lane_(static_cast<int>(threadIdx.x) % kLanes),
         slab_(static_cast<int>(threadIdx.x) / kLanes % kSlabs),
@@ -68,7 +71,8 @@ class Loader {
       token += page_ * p_.kv.page_stride_bytes + int64_t{offset_} * p_.kv.token_stride_bytes +
                kv_head_ * p_.kv.head_stride_bytes;
     }
-    copy(token, valid_keys, tiles_ + stage * C::kSlabTileBytes);
+    flash_mla::portable::copy_slab<C>(token, valid_keys, tiles_ + stage * C::kSlabTileBytes, lane_,
+                                      slab_, group_);
     flash_mla::sm80::commit_copies();
 
     key_ += kTileKeys;
@@ -95,53 +99,6 @@ class Loader {
     if (key_ < end_) {
       page_ = __ldg(p_.block_table + request_ * p_.block_table_stride_b +
                     column_ * p_.block_table_stride_p);
-    }
-  }
-
-  // Of the 32 keys, a warp copies those of its group.
-  __device__ __forceinline__ void copy(const uint8_t* token, uint32_t valid_keys, uint32_t tile) {
-    using flash_mla::sm80::copy_16;
-    constexpr int kGroupKeys = kTileKeys / C::kGroups;
-    const auto address = [&](int key) {
-      return reinterpret_cast<const uint8_t*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(token), key));
-    };
-    const auto is_valid = [&](int key) { return (valid_keys >> key & 1) != 0; };
-    const int first = group_ * kGroupKeys;
-
-    {  // 8 lanes copy 128 bytes of a key
-      constexpr int kLanesPerKey = 8;
-      const int part = lane_ % kLanesPerKey * 16;
-#pragma unroll
-      for (int i = 0; i < kGroupKeys * kLanesPerKey / kLanes; ++i) {
-        const int key = first + i * (kLanes / kLanesPerKey) + lane_ / kLanesPerKey;
-        const uint8_t* from = address(key) + slab_ * C::kSlabBytes + part;
-        const uint32_t to = tile + key * C::kRowBytes + part;
-#pragma unroll
-        for (int b = 0; b < C::kSlabBytes; b += kLanesPerKey * 16) {
-          copy_16(to + b, from + b, is_valid(key));
-        }
-      }
-    }
-    if constexpr (C::kRope) {
-      constexpr int kLanesPerKey = C::kSlabRopeBytes / 16;
-      const int part = lane_ % kLanesPerKey * 16;
-#pragma unroll
-      for (int i = 0; i * kLanes < kGroupKeys * kLanesPerKey; ++i) {
-        const int k = i * (kLanes / kLanesPerKey) + lane_ / kLanesPerKey;
-        const int key = first + k % kGroupKeys;
-        const uint8_t* from = address(key) + C::kTokenRopeBytes + slab_ * C::kSlabRopeBytes + part;
-        if (k < kGroupKeys) {
-          copy_16(tile + key * C::kRowBytes + C::kSlabBytes + part, from, is_valid(key));
-        }
-      }
-    }
-    if constexpr (C::kTokenScales) {
-      if (lane_ / kGroupKeys == group_) {
-        flash_mla::sm80::copy_4(tile + lane_ * C::kRowBytes + C::kScaleOffsetBytes,
-                                token + C::kLayout.scales_offset_bytes + slab_ * 4,
-                                is_valid(lane_));
-      }
     }
   }
 

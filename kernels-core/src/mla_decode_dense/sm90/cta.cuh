@@ -4,15 +4,18 @@
 
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/registers.cuh"
+#include "device/sm90/warpgroup.cuh"
 #include "mla_decode_dense/gpu.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90 {
 
 using flash_mla::sm90::Barrier;
+using flash_mla::sm90::kMaxSmemBytes;
+using flash_mla::sm90::kWarpgroup;
+using flash_mla::sm90::kWarpgroupWarps;
+using flash_mla::sm90::uniform;
 
 inline constexpr int kTileKeys = kBlockKeys;
-inline constexpr int kWarpgroup = 128;
-inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 inline constexpr int kThreads = kConsumerThreads + kWarpgroup;
@@ -24,17 +27,8 @@ template <int kConsumerRegisters>
 inline constexpr int kProducerRegisters =
     (kConsumers + 1) * kRegisters - kConsumers * kConsumerRegisters;
 
-inline constexpr int kMaxSmemBytes = 232448;  // what a block can have on sm_90
-
 // Below every logit that can occur, and finite: the first tile grows from it.
 inline constexpr float kNoMaximum = -1e30f;
-
-// A value that all lanes have anyway, as the compiler sees it: branches on it keep addresses in
-// uniform registers, and each wgmma then costs 5 instructions, not 13.
-template <class T>
-__device__ __forceinline__ T uniform(T value) {
-  return __shfl_sync(kAllLanes, value, 0);
-}
 
 // Where independent work of a CTA ends: lengths of the requests, for the plan. In P's place: load
 // is done with them before attend writes P. By all threads.

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume(p, smem, warpgroup, member);
     constexpr DType kOut = kMmaType<Cfg>;
     // Each meeting is behind a barrier, so the last loads have been read: K's buffers are free.
-    merge_split_units<kOut, PartColumns::kFragments, kConsumerThreads>(
+    merge_split_units<Op, kOut, PartColumns::kFragments, kConsumerThreads>(
         p, smem.split_items, smem.num_split, member, part_writers(p), thread, smem.k, smem.outcomes,
         [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
   }

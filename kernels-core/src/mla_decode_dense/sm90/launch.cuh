@@ -39,7 +39,7 @@ DecodeGrid grid_of(const Problem& p) {
 
 template <class Cfg>
 WorkspaceSize workspace(const Problem& p) {
-  return gpu_workspace(grid_of<Cfg>(p));
+  return decode_workspace(grid_of<Cfg>(p));
 }
 
 inline Status make_query_map(const Problem& p, const DecodeGrid& grid, CUtensorMap* map) {
@@ -117,19 +117,19 @@ Status launch(const Problem& p, const Workspace& workspace, Stream stream) {
   DeviceGuard guard(p.device);
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   const GpuParams params = gpu_params(p, grid_of<Cfg>(p), workspace);
-  FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts</*kProgrammatic=*/true>(params, stream));
+  FLASH_MLA_RETURN_IF_ERROR(launch_list_fixed_parts<Op, /*kProgrammatic=*/true>(params, stream));
   if constexpr (kTransposed<Cfg>) {
     transposed::TensorMaps maps = {};
     FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, params.grid, &maps));
     FLASH_MLA_RETURN_IF_ERROR(
         launch_ctas<transposed::SharedStorage<Cfg>>(transposed::kernel<Cfg>, params, maps, stream));
-    return launch_merge_fixed_splits<transposed::Config<Cfg>::kOutType, PartColumns::kInOrder,
+    return launch_merge_fixed_splits<Op, transposed::Config<Cfg>::kOutType, PartColumns::kInOrder,
                                      /*kProgrammatic=*/true>(params, stream);
   } else {
     TensorMaps maps;
     FLASH_MLA_RETURN_IF_ERROR(make_maps<Cfg>(p, params.grid, &maps));
     FLASH_MLA_RETURN_IF_ERROR(launch_ctas<SharedStorage<Cfg>>(kernel<Cfg>, params, maps, stream));
-    return launch_merge_fixed_splits<kMmaType<Cfg>, PartColumns::kFragments,
+    return launch_merge_fixed_splits<Op, kMmaType<Cfg>, PartColumns::kFragments,
                                      /*kProgrammatic=*/true>(params, stream);
   }
 }

@@ -29,20 +29,7 @@
 
 namespace flash_mla::mla_decode_dense::sm90::transposed {
 
-// A thread's place in its warpgroup. Read anew for each piece of work: what is computed from it is
-// cheap, and shall not occupy registers from one tile to the next.
-struct Place {
-  int warp, lane, g, t;
-
-  __device__ __forceinline__ Place() {
-    uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    warp = static_cast<int>(thread) % kWarpgroup / kLanes;
-    lane = static_cast<int>(thread) % kLanes;
-    g = lane / 4;
-    t = lane % 4;
-  }
-};
+using flash_mla::sm90::Place;
 
 // The key at place g of eight.
 __device__ __forceinline__ constexpr int permuted(int g) { return g ^ (g % 2 * 4); }

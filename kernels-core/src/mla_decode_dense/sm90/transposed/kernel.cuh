@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume(p, smem, warpgroup, member);
     // The last loads have been read: K's stages are free for the merge.
     flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads);
-    merge_split_units<C::kOutType, PartColumns::kInOrder, kConsumerThreads>(
+    merge_split_units<Op, C::kOutType, PartColumns::kInOrder, kConsumerThreads>(
         p, smem.split_items, smem.num_split, member, kPartWriters, thread, smem.k, smem.outcomes,
         [] { flash_mla::sm90::named_barrier_sync(kMerging, kConsumerThreads); });
   }

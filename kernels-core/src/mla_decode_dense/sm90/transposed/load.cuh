@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "device/sm89/e4m3.cuh"
+#include "device/sm90/query.cuh"
 #include "mla_decode_dense/sm90/keys.cuh"
 #include "mla_decode_dense/sm90/transposed/config.h"
 
@@ -20,24 +20,10 @@ struct TensorMaps {
   CUtensorMap scales;
 };
 
-__device__ __forceinline__ uint32_t halves_of_codes(uint32_t two) {
-  const __half2 halves = sm89::e4m3x2_to_halves(static_cast<uint16_t>(two));
-  return reinterpret_cast<const uint32_t&>(halves);
-}
+using flash_mla::sm90::halves_of_codes;
+using flash_mla::sm90::write_query;
 
-// Writes 16 columns of a query row, words[2 s] and words[2 s + 1] where thread t of four reads step
-// s of its 16 codes: see attend.cuh.
-__device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t t,
-                                            const uint32_t (&words)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    *reinterpret_cast<uint32_t*>(block + row * 128 + ((i ^ row % 8) << 4) + t * 4) = words[i];
-  }
-}
-
-// A query row times a power of two, so that its largest value is below 2^15: then fp16 holds all
-// that matters of a bf16 row. The factor of its logits makes up for that; a negative one turns the
-// row's sign, so that factors are positive.
+// A query row, and the factor of its logits, which is positive: a negative scale turns the row.
 template <class Cfg>
 __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage<Cfg>& smem,
                                                const TileRows& rows, int32_t row, int32_t t,
@@ -50,8 +36,8 @@ __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage
       static_cast<const uint8_t*>(p.q) +
       kBytes * (rows.request * p.q_stride_b + rows.token(p, row) * p.q_stride_s +
                 rows.head(p, row) * p.q_stride_h);
-  float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
   if constexpr (kCodes) {
+    const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
 #pragma unroll 1
     for (int c = 0; c < C::kColumnBlocks; ++c) {
       uint4 codes = make_uint4(0, 0, 0, 0);
@@ -69,50 +55,9 @@ __device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage
     }
     if (t == 0) *factor = sign == 0.0f ? 1.0f : fabsf(scale);
   } else {
-    // Columns of this thread: 16 neighbours; in a bf16 RoPE block 8, and 8 half a block on.
-    const auto columns = [&](int c, uint32_t (&words)[8]) {
-      const bool rope = C::kRopeBf16 && c == C::kColumnBlocks - 1;
-      const uint4* const at = reinterpret_cast<const uint4*>(from + c * 128 + t * (rope ? 16 : 32));
-      const uint4 v[2] = {valid ? at[0] : make_uint4(0, 0, 0, 0),
-                          valid ? at[rope ? 4 : 1] : make_uint4(0, 0, 0, 0)};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        words[4 * i] = v[i].x;
-        words[4 * i + 1] = v[i].y;
-        words[4 * i + 2] = v[i].z;
-        words[4 * i + 3] = v[i].w;
-      }
-    };
-    __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
-#pragma unroll 1
-    for (int c = 0; c < C::kColumnBlocks; ++c) {
-      uint32_t words[8];
-      columns(c, words);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        most = __hmax2(most, __habs2(reinterpret_cast<const __nv_bfloat162&>(words[i])));
-      }
-    }
-    float largest = fmaxf(__low2float(most), __high2float(most));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    const bool ordinary = largest > 0.0f && largest < kInfinity;
-    const int exponent = ordinary ? max(floor_log2(largest) - 14, -120) : 0;
-    sign *= pow2(-exponent);
-#pragma unroll 1
-    for (int c = 0; c < C::kColumnBlocks; ++c) {
-      const bool rope = C::kRopeBf16 && c == C::kColumnBlocks - 1;
-      uint32_t words[8];
-      columns(c, words);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
-        const float a = values.x * sign, b = values.y * sign;
-        words[i] = rope ? pack_out<DType::kBFloat16>(a, b) : pack_out<DType::kFloat16>(a, b);
-      }
-      write_query(smem.q + c * C::kQueryBlockBytes, row, t, words);
-    }
-    if (t == 0) *factor = scale == 0.0f ? 1.0f : fabsf(scale) * pow2(exponent);
+    const float made_up = flash_mla::sm90::load_query_row<C::kColumnBlocks, C::kRopeBf16>(
+        valid ? from : nullptr, smem.q, C::kQueryBlockBytes, row, t, scale);
+    if (t == 0) *factor = made_up;
   }
 }
 

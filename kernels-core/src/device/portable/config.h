@@ -1,4 +1,4 @@
-// The compile-time shape of a portable kernel, from its variant.
+// The compile-time shape of a portable decode kernel, from its variant.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include "device/kv_format.h"
 #include "runtime/variant.h"
 
-namespace flash_mla::mla_decode_dense::portable {
+namespace flash_mla::portable {
 
 inline constexpr int kTileKeys = 32;  // keys of a pipeline stage: half a block of the schedule
 static_assert(kBlockKeys % kTileKeys == 0);
@@ -28,7 +28,9 @@ constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-template <class Cfg>
+// Cfg::v.kv: the format of tiles in shared memory. kRawStageBytes: of a stage from which a tile is
+// converted; 0: tiles are what the cache holds, and a stage is a tile.
+template <class Cfg, int kRawStageBytes = 0>
 struct Config {
   static constexpr VariantSpec v = Cfg::v;
   static constexpr KvLayout kLayout = kv_layout(v.kv);
@@ -38,7 +40,8 @@ struct Config {
   static constexpr DType kType = v.kv == KvFormat::kFp16 ? DType::kFloat16 : DType::kBFloat16;
 
   static_assert(v.tile_m == kMmaRows || v.tile_m == 2 * kMmaRows);
-  static constexpr int kGroups = v.tile_m / kMmaRows;  // warps that share a slab, 16 rows each
+  static constexpr int kGroups = v.tile_m / kMmaRows;     // warps that share a slab, 16 rows each
+  static constexpr int kGroupKeys = kTileKeys / kGroups;  // that a warp loads of a tile
   static constexpr int kWarps = kSlabs * kGroups;
   static constexpr int kThreads = kWarps * 32;
 
@@ -59,15 +62,20 @@ struct Config {
   static_assert(!kTokenScales || kLayout.scale_tile == kSlabCols);  // a scale is a slab's
 
   static constexpr int kSlabTileBytes = kTileKeys * kRowBytes;
-  static constexpr int kStageBytes = kSlabs * kSlabTileBytes;
+  static constexpr int kTileBytes = kSlabs * kSlabTileBytes;
   // Partial logits of all slabs. With one group the next tile's go to the other buffer; with two,
   // a barrier stands between the tiles anyway.
   static constexpr int kLogitBuffers = kGroups == 1 ? 2 : 1;
   static constexpr int kLogitBytes = kLogitBuffers * kWarps * kMmaRows * kTileKeys * 4;
   static constexpr int kCtasPerSm = 2 / kGroups;  // where shared memory allows
   static constexpr int kOtherBytes = 1024;        // plan, masks, items: asserted in launch.cuh
-  static constexpr int kStages = (kSmemLimitBytes - kLogitBytes - kOtherBytes) / kStageBytes;
+  static constexpr int kFreeBytes = kSmemLimitBytes - kLogitBytes - kOtherBytes;
+  static constexpr bool kConverts = kRawStageBytes > 0;
+  static constexpr int kStages = kConverts
+                                     ? (kFreeBytes - kTileBytes) / (kConverts ? kRawStageBytes : 1)
+                                     : kFreeBytes / kTileBytes;
+  static constexpr int kTiles = kConverts ? 1 : kStages;
   static_assert(kStages >= 2);
 };
 
-}  // namespace flash_mla::mla_decode_dense::portable
+}  // namespace flash_mla::portable

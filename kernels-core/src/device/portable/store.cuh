@@ -3,18 +3,19 @@
 
 #include <cstdint>
 
-#include "mla_decode_dense/gpu.cuh"
-#include "mla_decode_dense/portable/attend.cuh"
+#include "device/portable/attend.cuh"
+#include "device/split_reduce.cuh"
 
-namespace flash_mla::mla_decode_dense::portable {
+namespace flash_mla::portable {
 
-template <class Cfg>
-__device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& item,
-                                           const Attend<Cfg>& attend) {
-  constexpr DType kOut = Config<Cfg>::kType;
-  const TileRows rows(p, item, /*member=*/0, request_length(p, item.request));
+template <class D>
+__device__ __forceinline__ void store_item(const typename D::Params& p, const WorkItem& item,
+                                           const Attend<D>& attend) {
+  using C = typename D::Config;
+  constexpr DType kOut = C::kType;
+  const typename D::Rows rows = D::rows(p, item);
   const bool whole = item.num_parts == 1;
-  const float factor = whole ? descale(p.descale_k, p.descale_k_stride, item.request) : 1.0f;
+  const float item_factor = whole ? D::item_factor(p, item.request) : 1.0f;
   const int64_t tile = whole ? 0 : partial_tile(p.grid, item, /*member=*/0, item.part);
   const int c = attend.lane() % 4;
 #pragma unroll
@@ -30,6 +31,7 @@ __device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& i
       }
     }
     const bool normalised = whole || PartialTiles::normalised(kOut);
+    const float factor = item_factor * (whole ? D::row_factor(p, rows, row, softmax) : 1.0f);
     const float scale = !normalised ? 1.0f : softmax.empty() ? 0.0f : factor / softmax.sum;
     uint8_t* const out =
         (whole ? rows.out(p, row) : p.partials.row(tile, row)) + 2 * attend.slab() * kSlabCols;
@@ -38,7 +40,7 @@ __device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& i
     };
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
-      if constexpr (!Config<Cfg>::kE4m3) {
+      if constexpr (!C::kE4m3) {
         *reinterpret_cast<uint32_t*>(out + 2 * (t * 8 + c * 2)) = pair(t, 0, t, 1);
       } else if (t % 2 == 0) {
         *reinterpret_cast<uint2*>(out + 2 * (t * 8 + c * 4)) =
@@ -48,4 +50,4 @@ __device__ __forceinline__ void store_item(const GpuParams& p, const WorkItem& i
   }
 }
 
-}  // namespace flash_mla::mla_decode_dense::portable
+}  // namespace flash_mla::portable

@@ -8,25 +8,28 @@
 #include <cstdint>
 
 #include "device/online_softmax.h"
+#include "device/portable/config.h"
+#include "device/portable/smem.h"
 #include "device/sm80/barrier.cuh"
 #include "device/sm80/cp_async.cuh"
 #include "device/sm80/e4m3.cuh"
 #include "device/sm80/exp2.cuh"
 #include "device/sm80/ldmatrix.cuh"
 #include "device/sm80/mma.cuh"
-#include "mla_decode_dense/gpu.cuh"
-#include "mla_decode_dense/portable/load.cuh"
-#include "mla_decode_dense/portable/smem.h"
+#include "device/split_reduce.cuh"
 
-namespace flash_mla::mla_decode_dense::portable {
+namespace flash_mla::portable {
 
-// Keys that a row which is none attends: no mask ever touches it.
+// All keys of a tile.
 inline constexpr uint32_t kAllKeys = 0xffffffffu;
 
-// Rows are those at lane / 4 and 8 below of the warp's 16; [r] says which.
-template <class Cfg>
+// D: the operator's types and functions (kernel.cuh). Rows are those at lane / 4 and 8 below of the
+// warp's 16; [r] says which.
+template <class D>
 class Attend {
-  using C = Config<Cfg>;
+  using C = typename D::Config;
+  using Params = typename D::Params;
+  using Rows = typename D::Rows;
 
  public:
   // Of columns 128 slab + [0, 128). 16-bit caches: o[t] has columns 8 t + 2 (lane % 4) + {0, 1} of
@@ -35,7 +38,7 @@ class Attend {
   float o[kColumnTiles][4];
   SoftmaxRow softmax[2];  // once finish() has run
 
-  __device__ __forceinline__ explicit Attend(SharedStorage<Cfg>& smem)
+  __device__ __forceinline__ explicit Attend(SharedStorage<C>& smem)
       : smem_(smem),
         warp_(static_cast<int>(threadIdx.x) / kLanes),
         lane_(static_cast<int>(threadIdx.x) % kLanes),
@@ -48,38 +51,36 @@ class Attend {
   }
 
   // Returns the number of tiles.
-  __device__ __forceinline__ int32_t start(const GpuParams& p, const WorkItem& item) {
-    const TileRows rows(p, item, /*member=*/0, request_length(p, item.request));
-    const ItemKeys keys(p, item, rows);
+  __device__ __forceinline__ int32_t start(const Params& p, const WorkItem& item) {
+    const Rows rows = D::rows(p, item);
+    const typename D::ItemKeys keys(p, item, rows);
     load_queries(p, rows);
-    scale_log2_ = logit_scale_log2(p, item.request);
+    scale_log2_ = D::logit_scale_log2(p, item.request);
     key_ = keys.begin;
-    first_row_end_ = keys.first_row_end;
+    const int32_t numbers[2] = {row(0), row(1)};
+    mask_.start(p, rows, keys, numbers);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      visible_[r] = rows.valid(p, row(r)) ? rows.visible(p, row(r)) : kAllKeys;
-      softmax[r] = {};
-    }
+    for (int r = 0; r < 2; ++r) softmax[r] = {};
 #pragma unroll
     for (int i = 0; i < kColumnTiles * 4; ++i) o[i / 4][i % 4] = 0.0f;
     return keys.num_tiles();
   }
 
-  // Attends the item's next 32 keys, which lie in stage `stage`.
-  __device__ __forceinline__ void tile(int stage) {
-    const uint32_t keys = tiles_ + stage * C::kSlabTileBytes;
-    const uint8_t* const key_bytes = smem_.slabs[slab()][stage];
+  // Attends the item's next 32 keys, which lie in tile `tile`.
+  __device__ __forceinline__ void attend(int tile) {
+    const uint32_t keys = tiles_ + tile * C::kSlabTileBytes;
+    const uint8_t* const key_bytes = smem_.slabs[slab()][tile];
     float s[kKeyTiles][4];
     query_keys(s, keys, key_bytes);
     exchange(s);
 
-    const uint32_t valid_keys = smem_.valid_keys[warp_][stage];
-    const bool masked = valid_keys != kAllKeys || key_ + kTileKeys > first_row_end_;
+    const uint32_t valid_keys = smem_.valid_keys[warp_][tile];
+    const bool masked = valid_keys != kAllKeys || mask_.cuts(key_ + kTileKeys);
     scale_and_mask(s, masked, valid_keys);
     raise_maximum(s);
     uint32_t a[kTileKeys / 16][4];
     exponentials(s, masked, key_bytes, a);
-    if constexpr (!C::kE4m3) {
+    if constexpr (D::Mask::kRowsDiffer && !C::kE4m3) {
       if (masked && holds_infinity(valid_keys, key_bytes)) {
         attend_values_apart(a, keys);
       } else {
@@ -105,16 +106,13 @@ class Attend {
 
   // Fragments of A: Q's 128 columns of the slab, then its 16 RoPE columns. Where the cache is e4m3
   // a lane's columns are neighbours, in the order in which e4m3_to_bf16 takes codes apart.
-  __device__ __forceinline__ void load_queries(const GpuParams& p, const TileRows& rows) {
+  __device__ __forceinline__ void load_queries(const Params& p, const Rows& rows) {
     constexpr int kElementBytes = C::v.q == DType::kFloat8E4M3 ? 1 : 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool valid = rows.valid(p, row(r));
-      const uint8_t* q = static_cast<const uint8_t*>(p.q);
-      if (valid) {
-        q += kElementBytes * (rows.request * p.q_stride_b + rows.token(p, row(r)) * p.q_stride_s +
-                              rows.head(p, row(r)) * p.q_stride_h);
-      }
+      const auto* q = static_cast<const uint8_t*>(p.q);
+      if (valid) q = D::query(p, rows, row(r));
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int column = step < kSlabSteps ? slab() * kSlabCols + step * 16
@@ -239,11 +237,12 @@ class Attend {
     if (!masked) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t end = visible_[r];
 #pragma unroll
       for (int i = 0; i < kKeyTiles * 2; ++i) {
         const int key = i / 2 * 8 + lane_ % 4 * 2 + i % 2;
-        if ((valid_keys >> key & 1) == 0 || key_ + key >= end) s[i / 2][2 * r + i % 2] = -kInfinity;
+        if ((valid_keys >> key & 1) == 0 || mask_.hides(r, key_ + key)) {
+          s[i / 2][2 * r + i % 2] = -kInfinity;
+        }
       }
     }
   }
@@ -300,8 +299,10 @@ class Attend {
           const float scale = token_scale(key_bytes, j, i);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            // A key that one row attends and another does not may have any scale.
-            p[r][i] = masked && p[r][i] == 0.0f ? 0.0f : p[r][i] * scale;
+            // A key that one row attends and another does not may have any scale; that of a key
+            // which is none is 0.
+            const bool not_attended = D::Mask::kRowsDiffer && masked && p[r][i] == 0.0f;
+            p[r][i] = not_attended ? 0.0f : p[r][i] * scale;
           }
         }
       }
@@ -353,7 +354,7 @@ class Attend {
     const auto all_ones = [](uint32_t pair) {
       return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
     };
-    const uint32_t first = first_row_end_ > key_ ? first_row_end_ - key_ : 0;
+    const uint32_t first = mask_.first_row_end > key_ ? mask_.first_row_end - key_ : 0;
     bool found = false;
 #pragma unroll 1
     for (uint32_t key = first; key < kTileKeys && valid_keys >> key != 0; ++key) {
@@ -370,7 +371,7 @@ class Attend {
     uint32_t attended[2];  // of the tile's keys
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      attended[r] = visible_[r] <= key_ ? 0 : visible_[r] - key_;
+      attended[r] = mask_.row_end[r] <= key_ ? 0 : mask_.row_end[r] - key_;
       if (attended[r] > kTileKeys) attended[r] = kTileKeys;
     }
 #pragma unroll 1
@@ -401,15 +402,14 @@ class Attend {
     }
   }
 
-  SharedStorage<Cfg>& smem_;
+  SharedStorage<C>& smem_;
   const int warp_, lane_;
   const uint32_t tiles_;
 
   uint32_t q_[kSteps][4];
-  uint32_t visible_[2];     // keys that each row attends
-  uint32_t first_row_end_;  // of the CTA's tile, at most that
-  uint32_t key_;            // first of the next tile
+  typename D::Mask mask_;
+  uint32_t key_;  // first of the next tile
   float scale_log2_;
 };
 
-}  // namespace flash_mla::mla_decode_dense::portable
+}  // namespace flash_mla::portable

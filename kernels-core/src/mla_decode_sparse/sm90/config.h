@@ -1,0 +1,140 @@
+// Tiles, roles and shared memory of the sm90 kernel of mla_decode_sparse.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "device/sm90/mbarrier.cuh"
+#include "device/sm90/registers.cuh"
+#include "device/sm90/warpgroup.cuh"
+#include "mla_decode_sparse/gpu.cuh"
+#include "runtime/variant.h"
+
+namespace flash_mla::mla_decode_sparse::sm90 {
+
+using flash_mla::sm90::Barrier;
+using flash_mla::sm90::kWarpgroup;
+using flash_mla::sm90::kWarpgroupWarps;
+using flash_mla::sm90::Place;
+using flash_mla::sm90::uniform;
+
+inline constexpr int kTileKeys = kBlockKeys;
+inline constexpr int kDepth = 16;    // K of a wgmma
+inline constexpr int kColumns = 64;  // of a block of Q: 128 bytes
+inline constexpr int kBlocks = kLatentDim / kColumns;
+inline constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
+
+// Two warpgroups of each role.
+inline constexpr int kGroups = 2;
+inline constexpr int kRoleThreads = kGroups * kWarpgroup;
+inline constexpr int kRoleWarps = kGroups * kWarpgroupWarps;
+inline constexpr int kThreads = 2 * kRoleThreads;
+// A kernel of 512 threads starts with 128 registers for each: what one role gets, the other gives.
+inline constexpr int kValueRegisters = 168;
+inline constexpr int kKeyRegisters = 88;
+
+enum HardwareBarrier : int {  // __syncthreads is 0
+  kKeysSync = 1,
+  kValuesSync = 2,
+  kWarpgroupSync = 3,  // and the next: one for each warpgroup of keys
+};
+
+// Below every logit that can occur, and finite: the first tile grows from it.
+inline constexpr float kNoMaximum = -1e30f;
+
+template <class Cfg>
+struct Config {
+  static constexpr KvLayout kLayout = kv_layout(Cfg::v.kv);
+  static constexpr int kRows = Cfg::v.tile_m;  // query rows: N of a wgmma
+  static constexpr int kQueryBlocks = Cfg::v.d_qk / kColumns;
+  static constexpr int kQueryBlockBytes = kRows * 128;
+  static constexpr bool kRope = kLayout.d_rope() > 0;
+  static constexpr bool kRopeInValues = kRope && Cfg::v.d_qk == kLatentDim;  // v4_fp8
+  static constexpr bool kPageScales = kLayout.page_scale_bytes > 0;          // v4_fp8
+  static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
+
+  // A token lies in shared memory as it does in the cache, 2 or 6 modulo 8 times 16 bytes from the
+  // next: with token_at(), eight lanes that read 16 bytes meet all banks, and so do sixteen that
+  // read 8 and 32 that read 4.
+  static constexpr int token_bytes(int row_bytes) { return (row_bytes + 31) / 64 * 64 + 32; }
+  static constexpr int kTokenBytes = token_bytes(kLayout.row_bytes);
+  static constexpr int kFp4TokenBytes = token_bytes(kv_layout(KvFormat::kV41Fp4).row_bytes);
+  static_assert(kTokenBytes >= kLayout.row_bytes && kFp4TokenBytes <= kTokenBytes);
+  static constexpr int kStageBytes = kTileKeys * kTokenBytes;
+
+  // Scales of a token, as fp16 multipliers for values.
+  static constexpr int kScales = kFp4Extra ? 32 : kLayout.d_nope / kLayout.scale_tile;
+
+  static constexpr int kOtherBytes = 7168 + kGroups * kScales * kTileKeys * 2;
+  static constexpr int kMaxStages =
+      (flash_mla::sm90::kMaxSmemBytes - kQueryBlocks * kQueryBlockBytes - kGroups * kRows * 128 -
+       kOtherBytes) /
+      kStageBytes;
+  static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
+  static_assert(kStages >= 3);
+};
+
+// The token at place g of eight, in the order in which the products take keys.
+__device__ __forceinline__ constexpr uint32_t token_at(uint32_t g) {
+  return (g >> 1 & 1) | ((g ^ g >> 2) & 1) << 1 | (g & 4);
+}
+
+// Of a query row: the standing maximum of its logits in units of log2, and what q.k times gives
+// them.
+struct RowState {
+  float max;
+  float factor;
+};
+
+// An item, as the warp that plans hands it to the others.
+struct ItemSlot {
+  WorkItem item;
+  int32_t num_tiles;  // 0 where this CTA has no rows, or the query no tokens
+  int32_t main_blocks;
+  // Of the main set and the extra one: the query's tokens.
+  int32_t num_tokens[2];
+  const int32_t* entries[2];
+  bool fp4;  // the extra cache holds e2m1
+};
+
+template <class Cfg>
+struct alignas(1024) SharedStorage {
+  using C = Config<Cfg>;
+  uint8_t q[C::kQueryBlocks * C::kQueryBlockBytes];
+  uint8_t p[kGroups][C::kRows * 128];  // P^T: a row of 64 keys for each query row
+  alignas(128) uint8_t tokens[C::kStages][C::kStageBytes];
+  // Of the warpgroups' tiles: what a token's codes are multiplied with, over the power of two that
+  // P carries for it; and for RoPE.
+  alignas(16) __half multiplier[kGroups][C::kScales][kTileKeys];
+  float unit[kGroups][C::kRopeInValues ? kTileKeys : 1];
+  alignas(16) uint2 scales[C::kStages][C::kPageScales ? kTileKeys : 1];  // from the page's end
+  uint8_t valid[C::kStages][kRoleWarps];  // bit i: token 8 w + i exists
+
+  Barrier kv_full[C::kStages];   // bytes of the tokens
+  Barrier kv_empty[C::kStages];  // 4 warps of keys and 8 of values have read them
+  // Of the tiles of each warpgroup of keys:
+  Barrier max_full[kGroups];  // its 4 warps know the maxima
+  Barrier p_full[kGroups];    // they have written P
+  Barrier p_empty[kGroups];   // 8 warps have multiplied P
+  // [item % 2]
+  Barrier item_full[2];   // the slot is there
+  Barrier sums_full[2];   // 8 warps: maxima and sums of the rows are final
+  Barrier item_empty[2];  // all 16 warps are done with it
+
+  alignas(16) RowState rows[C::kRows];
+  // Of the last two tiles of a warpgroup: whether some row has a new maximum, and the factors of
+  // what was summed before.
+  uint32_t grown[kGroups][2];
+  alignas(16) float row_factor[kGroups][2][C::kRows];
+  float row_sum[2][kGroups][C::kRows];  // [item % 2]
+  float row_max[2][C::kRows];
+
+  ItemSlot slots[2];  // [item % 2]
+  PlanStorage plan;
+  WorkItem split_items[2];  // the parts that this CTA has made
+  int32_t num_split;
+  uint32_t outcomes[2];  // of meeting the others that have some
+};
+
+}  // namespace flash_mla::mla_decode_sparse::sm90
