@@ -1,6 +1,8 @@
 // Warpgroups, and what a CTA of sm_90 can have.
 #pragma once
 
+#include <cstdint>
+
 #include "device/warp.cuh"
 
 namespace flash_mla::sm90 {

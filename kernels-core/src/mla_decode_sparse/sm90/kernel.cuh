@@ -114,10 +114,9 @@ __device__ __forceinline__ void values_role(const GpuParams& p, SharedStorage<Cf
     flash_mla::sm90::wait(smem.item_full[i], phase);
     if (uniform(smem.slots[i].item.request) < 0) break;
     const int32_t tiles = uniform(smem.slots[i].num_tiles);
-    if (index == 0) {
-      loader.start(0);
-      loader.fill(min(tiles, C::kStages), 0);
-    }
+    // Before the next item takes the place of the one before, which the loader may still be at.
+    loader.catch_up(index);
+    if (index == 0) loader.fill(min(tiles, C::kStages), 0);
     plan_item(index + 1);
     values.clear();
     const int32_t fp4_from =

@@ -33,14 +33,17 @@ class TokenLoader {
       load_next();
     }
   }
-  // The first tile that is asked for next is that of an item.
+  // All tiles of items before this one have been asked for.
+  __device__ __forceinline__ void catch_up(uint32_t item) {
+    if (item == 0 || item_ < item) start(item);
+  }
+
+ private:
   __device__ __forceinline__ void start(uint32_t item) {
     item_ = item;
     next_ = 0;
     entry_ = fetch(0);
   }
-
- private:
   __device__ __forceinline__ void load_next() {
     const uint32_t tile = fill_++, stage = tile % C::kStages;
     const bool extra = is_extra(next_);
