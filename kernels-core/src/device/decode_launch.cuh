@@ -20,6 +20,25 @@ struct DecodeLaunch {
   int32_t num_listed;
 };
 
+namespace sm90 {
+
+// Where independent work of a CTA ends: lengths of the requests, for the plan, in shared memory
+// that is free until the plan is made. By all threads.
+template <int kThreads, class NumBlocks, class Place>
+__device__ __forceinline__ RequestRuns<kThreads>& measure_after_predecessor(
+    const DecodeGrid& grid, const NumBlocks& num_blocks, Place& place) {
+  using Runs = RequestRuns<kThreads>;
+  static_assert(sizeof(Runs) <= sizeof(place));
+  launch_successor();
+  wait_for_predecessor();
+  auto& runs = reinterpret_cast<Runs&>(place);
+  measure_requests(grid, num_blocks, runs);
+  __syncthreads();
+  return runs;
+}
+
+}  // namespace sm90
+
 // `writers`: warps of a CTA that write a part.
 __device__ __forceinline__ SplitUnit split_unit(const DecodeLaunch& p, const WorkItem& item,
                                                 int32_t member, int32_t writers) {

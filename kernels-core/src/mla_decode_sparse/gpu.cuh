@@ -109,25 +109,6 @@ struct Op {
   static constexpr const char* kName = kOperator;
 };
 
-// 64 entries of a query, all of one token set.
-struct Block {
-  const TokenSet& set;
-  const int32_t* entries;  // the query's in the set
-  int32_t first, count;    // of the block's
-
-  __device__ Block(const GpuParams& p, const TileRows& rows, int32_t main_blocks, int32_t block)
-      : set(block < main_blocks ? p.main : p.extra),
-        entries(set.indices + rows.request * set.indices_stride_b +
-                rows.token * set.indices_stride_s),
-        first((block < main_blocks ? block : block - main_blocks) * kBlockKeys),
-        count(min(kBlockKeys, num_tokens(set, rows.request) - first)) {}
-
-  // The slot that entry i of the block names; negative past its last one.
-  __device__ int32_t slot(int32_t i) const {
-    return i < count ? entries[(first + i) * set.indices_stride_k] : -1;
-  }
-};
-
 // ---- host ---------------------------------------------------------------------------------------
 
 inline int64_t max_blocks(const Params& p) {

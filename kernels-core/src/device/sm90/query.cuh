@@ -21,6 +21,13 @@ __device__ __forceinline__ uint32_t halves_of_codes(uint32_t two) {
   return reinterpret_cast<const uint32_t&>(halves);
 }
 
+// Two 16-bit values times two others of their type.
+template <class Pair>
+__device__ __forceinline__ uint32_t times(uint32_t values, Pair multiplier) {
+  const Pair product = __hmul2(reinterpret_cast<const Pair&>(values), multiplier);
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
 // Writes 16 columns of a query row, words[2 s] and words[2 s + 1] where thread t of four reads step
 // s of its 16 codes.
 __device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t t,

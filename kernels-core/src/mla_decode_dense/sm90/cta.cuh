@@ -4,6 +4,7 @@
 
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/registers.cuh"
+#include "device/sm90/row_softmax.cuh"
 #include "device/sm90/warpgroup.cuh"
 #include "mla_decode_dense/gpu.cuh"
 
@@ -11,6 +12,7 @@ namespace flash_mla::mla_decode_dense::sm90 {
 
 using flash_mla::sm90::Barrier;
 using flash_mla::sm90::kMaxSmemBytes;
+using flash_mla::sm90::kNoMaximum;
 using flash_mla::sm90::kWarpgroup;
 using flash_mla::sm90::kWarpgroupWarps;
 using flash_mla::sm90::uniform;
@@ -27,22 +29,11 @@ template <int kConsumerRegisters>
 inline constexpr int kProducerRegisters =
     (kConsumers + 1) * kRegisters - kConsumers * kConsumerRegisters;
 
-// Below every logit that can occur, and finite: the first tile grows from it.
-inline constexpr float kNoMaximum = -1e30f;
-
-// Where independent work of a CTA ends: lengths of the requests, for the plan. In P's place: load
-// is done with them before attend writes P. By all threads.
+// In P's place: load is done with them before attend writes P. By all threads.
 template <class PlaceOfP>
 __device__ __forceinline__ RequestRuns<kThreads>& measure_after_predecessor(const GpuParams& p,
                                                                             PlaceOfP& place) {
-  using Runs = RequestRuns<kThreads>;
-  static_assert(sizeof(Runs) <= sizeof(place));
-  flash_mla::sm90::launch_successor();
-  flash_mla::sm90::wait_for_predecessor();
-  auto& runs = reinterpret_cast<Runs&>(place);
-  measure_requests(p.grid, RequestBlocks{p}, runs);
-  __syncthreads();
-  return runs;
+  return flash_mla::sm90::measure_after_predecessor<kThreads>(p.grid, RequestBlocks{p}, place);
 }
 
 template <class SharedStorage, class Kernel, class TensorMaps>

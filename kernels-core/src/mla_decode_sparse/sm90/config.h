@@ -7,6 +7,7 @@
 
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/registers.cuh"
+#include "device/sm90/row_softmax.cuh"
 #include "device/sm90/warpgroup.cuh"
 #include "mla_decode_sparse/gpu.cuh"
 #include "runtime/variant.h"
@@ -14,9 +15,11 @@
 namespace flash_mla::mla_decode_sparse::sm90 {
 
 using flash_mla::sm90::Barrier;
+using flash_mla::sm90::kNoMaximum;
 using flash_mla::sm90::kWarpgroup;
 using flash_mla::sm90::kWarpgroupWarps;
 using flash_mla::sm90::Place;
+using flash_mla::sm90::RowState;
 using flash_mla::sm90::uniform;
 
 inline constexpr int kTileKeys = kBlockKeys;
@@ -39,9 +42,6 @@ enum HardwareBarrier : int {  // __syncthreads is 0
   kValuesSync = 2,
   kWarpgroupSync = 3,  // and the next: one for each warpgroup of keys
 };
-
-// Below every logit that can occur, and finite: the first tile grows from it.
-inline constexpr float kNoMaximum = -1e30f;
 
 template <class Cfg>
 struct Config {
@@ -79,13 +79,6 @@ struct Config {
 __device__ __forceinline__ constexpr uint32_t token_at(uint32_t g) {
   return (g >> 1 & 1) | ((g ^ g >> 2) & 1) << 1 | (g & 4);
 }
-
-// Of a query row: the standing maximum of its logits in units of log2, and what q.k times gives
-// them.
-struct RowState {
-  float max;
-  float factor;
-};
 
 // An item, as the warp that plans hands it to the others.
 struct ItemSlot {

@@ -13,6 +13,7 @@
 namespace flash_mla::mla_decode_sparse::sm90 {
 
 using flash_mla::sm90::halves_of_codes;
+using flash_mla::sm90::times;
 
 // Of e: scales that are smaller give zeros. Of a token without values: any.
 inline constexpr int kLeastExponent = -64, kMostExponent = 120;
@@ -134,11 +135,6 @@ __device__ __forceinline__ int rope_exponent(const uint4 (&rope)[2]) {
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
   return largest > 0.0f && largest < kInfinity ? floor_log2(largest) - 14 : kLeastExponent;
-}
-
-__device__ __forceinline__ uint32_t times(uint32_t values, __half2 multiplier) {
-  const __half2 product = __hmul2(reinterpret_cast<const __half2&>(values), multiplier);
-  return reinterpret_cast<const uint32_t&>(product);
 }
 
 // Eight bf16 values, times `unit`.

@@ -160,14 +160,9 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Gp
     flash_mla::sm90::fence_barrier_init();
     smem.num_split = 0;
   }
-  flash_mla::sm90::launch_successor();
-  flash_mla::sm90::wait_for_predecessor();
   // In the tokens' place: the plan is made before the first item.
-  using Runs = RequestRuns<kThreads>;
-  static_assert(sizeof(Runs) <= sizeof(smem.tokens));
-  auto& runs = reinterpret_cast<Runs&>(smem.tokens);
-  measure_requests(p.grid, RequestBlocks{p}, runs);
-  __syncthreads();
+  const auto& runs =
+      flash_mla::sm90::measure_after_predecessor<kThreads>(p.grid, RequestBlocks{p}, smem.tokens);
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup >= kGroups) {

@@ -10,7 +10,6 @@
 // common to both warpgroups, which follow one another in moving it.
 #pragma once
 
-#include "device/sm90/fragments.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "mla_decode_sparse/sm90/convert.cuh"
 
@@ -27,7 +26,7 @@ class Keys {
   static constexpr int kFlights = 2;     // such groups under way
 
  public:
-  static constexpr int kSums = kN < 32 ? 1 : kN / 32;
+  static constexpr int kSums = flash_mla::sm90::kRowSums<kN>;
 
   // `wg`: of keys.
   __device__ __forceinline__ Keys(SharedStorage<Cfg>& smem, int wg) : smem_(smem), wg_(wg) {}
@@ -62,8 +61,7 @@ class Keys {
   }
 
   static __device__ __forceinline__ int sum_row(const Place& at, int i) {
-    const int value = kN == 64 ? 2 * at.g + i : kN == 32 ? at.g : at.g / 2;
-    return value / 2 * 8 + 2 * at.t + value % 2;
+    return flash_mla::sm90::sum_row<kN>(at, i);
   }
 
   // S^T = K Q^T of a tile.
@@ -75,7 +73,8 @@ class Keys {
     const uint8_t* const token =
         smem_.tokens[stage] + key * (fp4 ? C::kFp4TokenBytes : C::kTokenBytes);
     const int32_t next_token = 8 * (fp4 ? C::kFp4TokenBytes : C::kTokenBytes);
-    TokenScales<Cfg> scales[2];
+    TokenScales<Cfg>(&scales)[2] = scales_;
+    fp4_ = fp4;
     const auto scales_of = [&](int half) {
       if constexpr (C::kPageScales) {
         return reinterpret_cast<const uint8_t*>(&smem_.scales[stage][key + 8 * half]);
@@ -112,9 +111,6 @@ class Keys {
       exponent_[half] = max(kLeastExponent, min(kMostExponent, exponent_[half]));
       if (!fp4) scales[half].apply(scales_of(half), exponent_[half]);
     }
-    scales_[0] = scales[0];
-    scales_[1] = scales[1];
-    fp4_ = fp4;
 
     // Products are issued in groups, of which some are under way while the next is converted.
     Columns columns[kFlights][2];
@@ -277,7 +273,8 @@ class Keys {
     }
     const float most = fmaxf(high[0] + static_cast<float>(exponent_[0]),
                              high[1] + static_cast<float>(exponent_[1]));
-    const bool grown = any_in_warpgroup(most > kRescaleThresholdLog2);
+    const bool grown =
+        flash_mla::sm90::any_in_warpgroup(kWarpgroupSync + wg_, most > kRescaleThresholdLog2);
     if (grown) grow(tile, follows);
     if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][tile / 2 % 2] = grown;
     arrive(smem_.max_full[wg_]);
@@ -299,7 +296,7 @@ class Keys {
         x *= pow2(exponent_[i / 2]);
       }
     }
-    add_up<kN / 4, 16>(at, sums);
+    flash_mla::sm90::add_up_keys<kN / 4>(at, sums);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum_[i] += sums[i];
 
@@ -312,54 +309,11 @@ class Keys {
         if (at.t == 0) smem_.unit[wg_][place] = pow2(-exponent_[half]);
       }
     }
-    // A matrix is eight rows of P^T and eight of the warp's keys; lane i addresses row i % 8.
-    const uint32_t to = flash_mla::sm90::smem_address(smem_.p[wg_]) +
-                        (at.lane / 16 * 8 + at.lane % 8) * 128 +
-                        (((2 * at.warp + at.lane / 8 % 2) ^ at.lane % 8) << 4);
-#pragma unroll
-    for (int j = 0; j < kN / 8; j += 2) {
-      uint32_t matrices[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        matrices[i] =
-            flash_mla::sm90::pack<DType::kFloat16>(s_[4 * j + 2 * i], s_[4 * j + 2 * i + 1]);
-      }
-      flash_mla::sm90::store_matrices_transposed(to + j * (8 * 128), matrices);
-    }
+    flash_mla::sm90::store_p<DType::kFloat16>(at, smem_.p[wg_], s_);
     flash_mla::sm90::fence_async_proxy();
     arrive(smem_.p_full[wg_]);
   }
 
-  // Adds up the first `n` sums over the lanes of a t; each keeps a part of the rows.
-  template <int n, int kDistance>
-  static __device__ __forceinline__ void add_up(const Place& at, float (&sums)[kN / 4]) {
-    if constexpr (n == 1) {
-      sums[0] += __shfl_xor_sync(kAllLanes, sums[0], kDistance);
-      if constexpr (kDistance > 4) add_up<1, kDistance / 2>(at, sums);
-    } else {
-      const bool upper = at.lane & kDistance;
-#pragma unroll
-      for (int i = 0; i < n / 2; ++i) {
-        const float kept = upper ? sums[i + n / 2] : sums[i];
-        const float sent = upper ? sums[i] : sums[i + n / 2];
-        sums[i] = kept + __shfl_xor_sync(kAllLanes, sent, kDistance);
-      }
-      if constexpr (kDistance > 4) add_up<n / 2, kDistance / 2>(at, sums);
-    }
-  }
-
-  __device__ __forceinline__ bool any_in_warpgroup(bool mine) {
-    uint32_t any;
-    asm volatile(
-        "{\n.reg .pred p, q;\n"
-        "setp.ne.u32 p, %1, 0;\n"
-        "barrier.cta.red.or.pred q, %2, %3, p;\n"
-        "selp.u32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(static_cast<uint32_t>(mine)), "r"(kWarpgroupSync + wg_), "n"(kWarpgroup)
-        : "memory");
-    return any != 0;
-  }
   static __device__ __forceinline__ void arrive(Barrier& barrier) {
     __syncwarp();
     if (threadIdx.x % kLanes == 0) flash_mla::sm90::arrive(barrier);
@@ -438,7 +392,7 @@ class Keys {
   int exponent_[2];  // that P of this thread's keys carries
   uint32_t valid_;   // bits 0 and 1: these keys exist
   TokenScales<Cfg> scales_[2];
-  bool fp4_;
+  bool fp4_;  // the tile holds e2m1
 };
 
 }  // namespace flash_mla::mla_decode_sparse::sm90

@@ -23,13 +23,14 @@
 // 64 rows the warpgroups' turns are half a turn apart, as in the kernel for 16-bit caches.
 #pragma once
 
-#include "device/sm90/fragments.cuh"
+#include "device/sm90/row_softmax.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "mla_decode_dense/sm90/transposed/load.cuh"
 
 namespace flash_mla::mla_decode_dense::sm90::transposed {
 
 using flash_mla::sm90::Place;
+using flash_mla::sm90::times;
 
 // The key at place g of eight.
 __device__ __forceinline__ constexpr int permuted(int g) { return g ^ (g % 2 * 4); }
@@ -56,7 +57,7 @@ class Attend {
  public:
   float o[kProducts][kN / 2];
   // Of the warp's keys in the tiles that the warpgroup owns, for the rows of sum_row().
-  static constexpr int kSums = kN < 32 ? 1 : kN / 32;
+  static constexpr int kSums = flash_mla::sm90::kRowSums<kN>;
   float sum[kSums];
 
   __device__ __forceinline__ Attend(const GpuParams& p, SharedStorage<Cfg>& smem, int wg,
@@ -64,8 +65,7 @@ class Attend {
       : p_(p), smem_(smem), member_(member), wg_(wg) {}
 
   static __device__ __forceinline__ int sum_row(const Place& at, int i) {
-    const int value = kN == 64 ? 2 * at.g + i : kN == 32 ? at.g : at.g / 2;
-    return value / 2 * 8 + 2 * at.t + value % 2;
+    return flash_mla::sm90::sum_row<kN>(at, i);
   }
 
   // Attends the tiles of a pass. `first`: tiles before it, over all passes.
@@ -316,8 +316,8 @@ class Attend {
               }
               // As for the codes, without the power of two that P carries.
               const __nv_bfloat162 unit = __float2bfloat162_rn(pow2(-exponent_[half]));
-              steps[k][half] = scaled(step % 2 == 0 ? raw[half].x : raw[half].z, unit);
-              steps[k][half + 2] = scaled(step % 2 == 0 ? raw[half].y : raw[half].w, unit);
+              steps[k][half] = times(step % 2 == 0 ? raw[half].x : raw[half].z, unit);
+              steps[k][half + 2] = times(step % 2 == 0 ? raw[half].y : raw[half].w, unit);
               continue;
             }
             const uint32_t four = step == 0   ? raw[half].x
@@ -326,8 +326,8 @@ class Attend {
                                               : raw[half].w;
             uint32_t low = halves_of_codes(four), high = halves_of_codes(four >> 16);
             if constexpr (C::kScaled) {
-              low = scaled(low, multiplier[half]);
-              high = scaled(high, multiplier[half]);
+              low = times(low, multiplier[half]);
+              high = times(high, multiplier[half]);
             }
             steps[k][half] = low;
             steps[k][half + 2] = high;
@@ -348,12 +348,6 @@ class Attend {
         flash_mla::sm90::wgmma_commit();
       }
     }
-  }
-
-  template <class Pair>
-  static __device__ __forceinline__ uint32_t scaled(uint32_t values, Pair multiplier) {
-    const Pair product = __hmul2(reinterpret_cast<const Pair&>(values), multiplier);
-    return reinterpret_cast<const uint32_t&>(product);
   }
 
   // v32_fp8: a token's scales are taken as fp16 multipliers up to 2 and a power of two for all
@@ -534,8 +528,8 @@ class Attend {
             const uint32_t pairs = __byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362);
             uint32_t low = halves_of_codes(pairs), high = halves_of_codes(pairs >> 16);
             if constexpr (C::kScaled) {
-              low = scaled(low, multiplier[half]);
-              high = scaled(high, multiplier[half]);
+              low = times(low, multiplier[half]);
+              high = times(high, multiplier[half]);
             }
             columns[i][2 * half] = low;
             columns[i][2 * half + 1] = high;
@@ -635,7 +629,8 @@ class Attend {
             fmaxf(high, over_maximum(4 * j + i, i % 2 ? rows.z : rows.x, i % 2 ? rows.w : rows.y));
       }
     }
-    const bool grown = any_in_warpgroup(high > kRescaleThresholdLog2);
+    const bool grown =
+        flash_mla::sm90::any_in_warpgroup(kWarpgroupSync + wg_, high > kRescaleThresholdLog2);
     const uint32_t turn = own_turn_;
     if (grown) grow(turn, tile > 0);
     if constexpr (kShared) {
@@ -661,25 +656,13 @@ class Attend {
         }
       }
     }
-    add_up<kN / 4, 16>(at, sums);
+    flash_mla::sm90::add_up_keys<kN / 4>(at, sums);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] += sums[i];
     // The other warpgroup is done with P of the last turn; this one was when it voted.
     if constexpr (kShared) flash_mla::sm90::wait(smem_.p_empty[wg_], (turn + 1) % 2);
     if constexpr (C::kScaled) write_multipliers(at, count);
-    // A matrix is eight rows of P^T and eight of the warp's keys; lane i addresses row i % 8.
-    const uint32_t to = flash_mla::sm90::smem_address(smem_.p[wg_]) +
-                        (at.lane / 16 * 8 + at.lane % 8) * 128 +
-                        (((2 * at.warp + at.lane / 8 % 2) ^ at.lane % 8) << 4);
-#pragma unroll
-    for (int j = 0; j < kN / 8; j += 2) {
-      uint32_t matrices[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        matrices[i] = flash_mla::sm90::pack<C::kMmaType>(s_[4 * j + 2 * i], s_[4 * j + 2 * i + 1]);
-      }
-      flash_mla::sm90::store_matrices_transposed(to + j * (8 * 128), matrices);
-    }
+    flash_mla::sm90::store_p<C::kMmaType>(at, smem_.p[wg_], s_);
     flash_mla::sm90::fence_async_proxy();
     if constexpr (kShared) {
       __syncwarp();
@@ -688,37 +671,6 @@ class Attend {
     } else {
       sync_warpgroup();
     }
-  }
-
-  // Adds up the first `n` sums over the lanes of a t; each keeps a part of the rows.
-  template <int n, int kDistance>
-  static __device__ __forceinline__ void add_up(const Place& at, float (&sums)[kN / 4]) {
-    if constexpr (n == 1) {
-      sums[0] += __shfl_xor_sync(kAllLanes, sums[0], kDistance);
-      if constexpr (kDistance > 4) add_up<1, kDistance / 2>(at, sums);
-    } else {
-      const bool upper = at.lane & kDistance;
-#pragma unroll
-      for (int i = 0; i < n / 2; ++i) {
-        const float kept = upper ? sums[i + n / 2] : sums[i];
-        const float sent = upper ? sums[i] : sums[i + n / 2];
-        sums[i] = kept + __shfl_xor_sync(kAllLanes, sent, kDistance);
-      }
-      if constexpr (kDistance > 4) add_up<n / 2, kDistance / 2>(at, sums);
-    }
-  }
-
-  __device__ __forceinline__ bool any_in_warpgroup(bool mine) {
-    uint32_t any;
-    asm volatile(
-        "{\n.reg .pred p, q;\n"
-        "setp.ne.u32 p, %1, 0;\n"
-        "barrier.cta.red.or.pred q, %2, %3, p;\n"
-        "selp.u32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(static_cast<uint32_t>(mine)), "r"(kWarpgroupSync + wg_), "n"(kWarpgroup)
-        : "memory");
-    return any != 0;
   }
 
   // The standing maxima become those of the tile, where it has larger ones.

@@ -7,6 +7,8 @@
 
 namespace flash_mla::mla_decode_dense::sm90::transposed {
 
+using flash_mla::sm90::RowState;
+
 inline constexpr int kCodeBlock = 128;      // codes of a token in a block: the swizzle's span
 inline constexpr int kColumnsPerStep = 64;  // of Q: 128 bytes
 inline constexpr int kDepth = 16;           // K of a wgmma
@@ -67,13 +69,6 @@ struct Config {
   // A stage must always be the same warpgroup's where each attends its own tiles: the parity of a
   // barrier means nothing to one that has not seen all of its phases.
   static constexpr int kStages = kShared ? kFewStages : kFewStages / kConsumers * kConsumers;
-};
-
-// Of a query row: the standing maximum of its logits in units of log2, and what q.k times gives
-// them.
-struct RowState {
-  float max;
-  float factor;
 };
 
 template <class Cfg>
