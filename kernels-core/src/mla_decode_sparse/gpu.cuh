@@ -32,7 +32,9 @@ struct PageDivisor {
 };
 
 struct GpuParams : Params, DecodeLaunch {
-  PageDivisor pages[2];  // of the main cache and the extra one
+  // Of the main cache and the extra one:
+  PageDivisor pages[2];
+  uint32_t num_slots[2];  // those that an index can name
 };
 
 // Entries of a request's queries in a token set.
@@ -124,8 +126,11 @@ inline GpuParams gpu_params(const Problem& p, const DecodeGrid& g, const Workspa
   GpuParams params;
   static_cast<Params&>(params) = p;
   static_cast<DecodeLaunch&>(params) = decode_launch(g, workspace);
-  params.pages[0] = PageDivisor::of(p.main.kv.page_size);
-  params.pages[1] = PageDivisor::of(p.extra.kv.page_size);
+  const PagedKv* const caches[2] = {&p.main.kv, &p.extra.kv};
+  for (int i = 0; i < 2; ++i) {
+    params.pages[i] = PageDivisor::of(caches[i]->page_size);
+    params.num_slots[i] = static_cast<uint32_t>(min_of(caches[i]->num_slots(), int64_t{1} << 31));
+  }
   return params;
 }
 

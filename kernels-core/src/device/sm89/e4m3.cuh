@@ -21,5 +21,14 @@ __device__ __forceinline__ __half2 e4m3x2_to_halves(uint16_t codes) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
   return reinterpret_cast<const __half2&>(halves);
 }
+// Four, as two pairs: the instruction reads the upper half of a register in place.
+__device__ __forceinline__ void e4m3x4_to_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 a, b;\n"
+      "mov.b32 {a, b}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, a;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
+}
 
 }  // namespace flash_mla::sm89

@@ -15,4 +15,9 @@ __device__ __forceinline__ void copy_bulk(void* smem, const void* global, uint32
       : "memory");
 }
 
+// Brings the line that has this byte to L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 }  // namespace flash_mla::sm90

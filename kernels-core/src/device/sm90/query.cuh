@@ -63,9 +63,11 @@ __device__ __forceinline__ float load_query_row(const uint8_t* from, uint8_t* q,
     }
   };
   __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
+  constexpr bool kKeeps = kAtOnce == kBlocks;
+  uint32_t kept[kKeeps ? kBlocks : 1][8];
 #pragma unroll kAtOnce
   for (int c = 0; c < kBlocks; ++c) {
-    uint32_t words[8];
+    uint32_t (&words)[8] = kept[kKeeps ? c : 0];
     columns(c, words);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -81,8 +83,8 @@ __device__ __forceinline__ float load_query_row(const uint8_t* from, uint8_t* q,
 #pragma unroll kAtOnce
   for (int c = 0; c < kBlocks; ++c) {
     const bool rope = kBf16Rope && c == kBlocks - 1;
-    uint32_t words[8];
-    columns(c, words);
+    uint32_t (&words)[8] = kept[kKeeps ? c : 0];
+    if constexpr (!kKeeps) columns(c, words);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float2 values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));

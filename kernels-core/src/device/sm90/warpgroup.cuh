@@ -31,7 +31,7 @@ struct Place {
   int warp, lane, g, t;
 
   __device__ __forceinline__ Place() {
-    const int thread = this_thread();
+    const auto thread = static_cast<unsigned>(this_thread());
     warp = thread % kWarpgroup / kLanes;
     lane = thread % kLanes;
     g = lane / 4;

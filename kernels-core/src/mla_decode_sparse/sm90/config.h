@@ -15,7 +15,6 @@
 namespace flash_mla::mla_decode_sparse::sm90 {
 
 using flash_mla::sm90::Barrier;
-using flash_mla::sm90::kNoMaximum;
 using flash_mla::sm90::kWarpgroup;
 using flash_mla::sm90::kWarpgroupWarps;
 using flash_mla::sm90::Place;
@@ -28,19 +27,19 @@ inline constexpr int kColumns = 64;  // of a block of Q: 128 bytes
 inline constexpr int kBlocks = kLatentDim / kColumns;
 inline constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
 
-// Two warpgroups of each role.
-inline constexpr int kGroups = 2;
-inline constexpr int kRoleThreads = kGroups * kWarpgroup;
-inline constexpr int kRoleWarps = kGroups * kWarpgroupWarps;
-inline constexpr int kThreads = 2 * kRoleThreads;
-// A kernel of 512 threads starts with 128 registers for each: what one role gets, the other gives.
+// Two warpgroups of values, one of keys, one that loads.
+inline constexpr int kValueGroups = 2;
+inline constexpr int kValueThreads = kValueGroups * kWarpgroup;
+inline constexpr int kValueWarps = kValueGroups * kWarpgroupWarps;
+inline constexpr int kThreads = kValueThreads + 2 * kWarpgroup;
+// A kernel of 512 threads starts with 128 registers for each: what some get, others give.
 inline constexpr int kValueRegisters = 168;
-inline constexpr int kKeyRegisters = 88;
+inline constexpr int kKeyRegisters = 128;
+inline constexpr int kLoadRegisters = 48;
 
 enum HardwareBarrier : int {  // __syncthreads is 0
   kKeysSync = 1,
   kValuesSync = 2,
-  kWarpgroupSync = 3,  // and the next: one for each warpgroup of keys
 };
 
 template <class Cfg>
@@ -66,13 +65,27 @@ struct Config {
   // Scales of a token, as fp16 multipliers for values.
   static constexpr int kScales = kFp4Extra ? 32 : kLayout.d_nope / kLayout.scale_tile;
 
-  static constexpr int kOtherBytes = 7168 + kGroups * kScales * kTileKeys * 2;
+  static constexpr int kOtherBytes =
+      3584 + 2 * kScales * kTileKeys * 2 + (kPageScales ? 4 * kTileKeys * 8 + 512 : 0);
   static constexpr int kMaxStages =
-      (flash_mla::sm90::kMaxSmemBytes - kQueryBlocks * kQueryBlockBytes - kGroups * kRows * 128 -
+      (flash_mla::sm90::kMaxSmemBytes - kQueryBlocks * kQueryBlockBytes - 2 * kRows * 128 -
        kOtherBytes) /
       kStageBytes;
   static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
   static_assert(kStages >= 3);
+};
+
+// The stage of a role's next tile, and the phase of its barriers.
+template <int kStages>
+struct Ring {
+  uint32_t stage = 0, phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
 };
 
 // The token at place g of eight, in the order in which the products take keys.
@@ -83,10 +96,12 @@ __device__ __forceinline__ constexpr uint32_t token_at(uint32_t g) {
 // An item, as the warp that plans hands it to the others.
 struct ItemSlot {
   WorkItem item;
-  int32_t num_tiles;  // 0 where this CTA has no rows, or the query no tokens
-  int32_t main_blocks;
-  // Of the main set and the extra one: the query's tokens.
+  int32_t num_tiles;   // 0 where this CTA has no rows, or the query no tokens
+  int32_t main_tiles;  // the first of them; the others are of the extra cache
+  // Of the main set and the extra one: the query's tokens, and which of them would be the first of
+  // the item's first tile.
   int32_t num_tokens[2];
+  int32_t first_token[2];
   const int32_t* entries[2];
   bool fp4;  // the extra cache holds e2m1
 };
@@ -95,32 +110,34 @@ template <class Cfg>
 struct alignas(1024) SharedStorage {
   using C = Config<Cfg>;
   uint8_t q[C::kQueryBlocks * C::kQueryBlockBytes];
-  uint8_t p[kGroups][C::kRows * 128];  // P^T: a row of 64 keys for each query row
+  uint8_t p[2][C::kRows * 128];  // [tile % 2]; P^T: a row of 64 keys for each query row
   alignas(128) uint8_t tokens[C::kStages][C::kStageBytes];
-  // Of the warpgroups' tiles: what a token's codes are multiplied with, over the power of two that
-  // P carries for it; and for RoPE.
-  alignas(16) __half multiplier[kGroups][C::kScales][kTileKeys];
-  float unit[kGroups][C::kRopeInValues ? kTileKeys : 1];
+  // [tile % 2]: what a token's codes are multiplied with, over the power of two that P carries for
+  // it; and for RoPE.
+  alignas(16) __half multiplier[2][C::kScales][kTileKeys];
+  float unit[2][C::kRopeInValues ? kTileKeys : 1];
   alignas(16) uint2 scales[C::kStages][C::kPageScales ? kTileKeys : 1];  // from the page's end
-  uint8_t valid[C::kStages][kRoleWarps];  // bit i: token 8 w + i exists
+  uint32_t exists[C::kStages][kWarpgroupWarps];                          // bit i: token 16 w + i
+
+  alignas(16) const uint8_t* rows_to_load[kWarpgroupWarps][kWarpKeys];  // of a tile's tokens
 
   Barrier kv_full[C::kStages];   // bytes of the tokens
   Barrier kv_empty[C::kStages];  // 4 warps of keys and 8 of values have read them
-  // Of the tiles of each warpgroup of keys:
-  Barrier max_full[kGroups];  // its 4 warps know the maxima
-  Barrier p_full[kGroups];    // they have written P
-  Barrier p_empty[kGroups];   // 8 warps have multiplied P
+  // [tile % 2]
+  Barrier p_full[2];   // 4 warps of keys have written P
+  Barrier p_empty[2];  // 8 warps of values have multiplied it
   // [item % 2]
   Barrier item_full[2];   // the slot is there
-  Barrier sums_full[2];   // 8 warps: maxima and sums of the rows are final
+  Barrier sums_full[2];   // 4 warps of keys: maxima and sums of the rows are final
   Barrier item_empty[2];  // all 16 warps are done with it
 
   alignas(16) RowState rows[C::kRows];
-  // Of the last two tiles of a warpgroup: whether some row has a new maximum, and the factors of
-  // what was summed before.
-  uint32_t grown[kGroups][2];
-  alignas(16) float row_factor[kGroups][2][C::kRows];
-  float row_sum[2][kGroups][C::kRows];  // [item % 2]
+  bool started;  // the item has had keys: the rows have maxima
+  // [tile % 2]: whether some row has a new maximum, and the factors of what was summed before.
+  uint32_t grown[2];
+  alignas(16) float row_factor[2][C::kRows];
+  // [item % 2]
+  float row_sum[2][C::kRows];
   float row_max[2][C::kRows];
 
   ItemSlot slots[2];  // [item % 2]

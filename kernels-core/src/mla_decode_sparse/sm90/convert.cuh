@@ -15,11 +15,12 @@ namespace flash_mla::mla_decode_sparse::sm90 {
 using flash_mla::sm90::halves_of_codes;
 using flash_mla::sm90::times;
 
-// Of e: scales that are smaller give zeros. Of a token without values: any.
-inline constexpr int kLeastExponent = -64, kMostExponent = 120;
-// The largest scale over 2^e is below 2^7, so that codes, up to 448, stay below fp16's end: as much
-// range as there is for a token's smaller scales.
-inline constexpr int kHeadroom = 6;
+// Of e: 2^e is a normal fp16 number, and P, up to 2^8, times 2^e is one. Of a token without values:
+// any.
+inline constexpr int kLeastExponent = -14, kMostExponent = 7;
+// The largest scale over 2^e is about 2^-5, so that codes, up to 448, are as far from fp16's
+// largest number as a token's smaller scales may be from its smallest, and P keeps its precision.
+inline constexpr int kLargestScaleLog2 = -5;
 
 // Of a thread's 16 columns of a token in a block, eight: for two products two words each.
 using Columns = uint32_t[4];
@@ -44,16 +45,19 @@ struct TokenScales {
     if constexpr (kFloat) {
       const float4 v = *reinterpret_cast<const float4*>(scales);
       const float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-      return most > 0.0f && most < kInfinity ? floor_log2(most) - kHeadroom : kLeastExponent;
+      return most > 0.0f && most < kInfinity ? floor_log2(most) - kLargestScaleLog2
+                                             : kLeastExponent;
     } else if constexpr (kLayout.scale_tile == kColumns) {  // seven, and a pad
       of_blocks = *reinterpret_cast<const uint2*>(scales);
-      return largest_byte(__vmaxu4(of_blocks.x, of_blocks.y & 0x00ffffffu)) - 127 - kHeadroom;
+      return largest_byte(__vmaxu4(of_blocks.x, of_blocks.y & 0x00ffffffu)) - 127 -
+             kLargestScaleLog2;
     } else {
       const uint4 v = *reinterpret_cast<const uint4*>(scales);
       const uint32_t half_of_block = t < 2 ? 0x6420 : 0x7531;
       of_blocks =
           make_uint2(__byte_perm(v.x, v.y, half_of_block), __byte_perm(v.z, v.w, half_of_block));
-      return largest_byte(__vmaxu4(__vmaxu4(v.x, v.y), __vmaxu4(v.z, v.w))) - 127 - kHeadroom;
+      return largest_byte(__vmaxu4(__vmaxu4(v.x, v.y), __vmaxu4(v.z, v.w))) - 127 -
+             kLargestScaleLog2;
     }
   }
   __device__ __forceinline__ void apply(const uint8_t* scales, int e) {
@@ -137,22 +141,26 @@ __device__ __forceinline__ int rope_exponent(const uint4 (&rope)[2]) {
   return largest > 0.0f && largest < kInfinity ? floor_log2(largest) - 14 : kLeastExponent;
 }
 
-// Eight bf16 values, times `unit`.
-__device__ __forceinline__ void halves_of_rope(const uint4& rope, float unit, Columns& words) {
-  const uint32_t pairs[4] = {rope.x, rope.y, rope.z, rope.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 values = unpack<DType::kBFloat16>(pairs[i]);
-    words[i] = pack_out<DType::kFloat16>(values.x * unit, values.y * unit);
-  }
+// Eight bf16 values, times 2^-e.
+__device__ __forceinline__ void rope_of(const uint4& rope, __nv_bfloat162 unit, Columns& words) {
+  words[0] = times(rope.x, unit);
+  words[1] = times(rope.y, unit);
+  words[2] = times(rope.z, unit);
+  words[3] = times(rope.w, unit);
 }
 
-// Eight e4m3 codes.
+// Four e4m3 codes.
+__device__ __forceinline__ void halves_of_e4m3x4(uint32_t codes, __half2 multiplier,
+                                                 uint32_t& first, uint32_t& second) {
+  uint32_t low, high;
+  sm89::e4m3x4_to_halves(codes, low, high);
+  first = times(low, multiplier);
+  second = times(high, multiplier);
+}
+// Eight.
 __device__ __forceinline__ void halves_of_e4m3(uint2 codes, __half2 multiplier, Columns& words) {
-  words[0] = times(halves_of_codes(codes.x), multiplier);
-  words[1] = times(halves_of_codes(codes.x >> 16), multiplier);
-  words[2] = times(halves_of_codes(codes.y), multiplier);
-  words[3] = times(halves_of_codes(codes.y >> 16), multiplier);
+  halves_of_e4m3x4(codes.x, multiplier, words[0], words[1]);
+  halves_of_e4m3x4(codes.y, multiplier, words[2], words[3]);
 }
 
 // The upper halves of four e2m1 codes as fp16, the first in the lowest nibble and byte; the lower
@@ -173,14 +181,9 @@ __device__ __forceinline__ void halves_of_e2m1(uint32_t codes, __half2 multiplie
   }
 }
 
-// Two columns of values, `first` that of two keys' first one: the keys' pairs of codes are the
-// bytes of `codes`, in the order first key's first column, second key's, then the second column.
-__device__ __forceinline__ void value_columns_of_e4m3(uint32_t codes, __half2 multiplier,
-                                                      uint32_t& first, uint32_t& second) {
-  first = times(halves_of_codes(codes), multiplier);
-  second = times(halves_of_codes(codes >> 16), multiplier);
-}
-// The same for e2m1: the first key's byte of two columns, and the second key's.
+// Two columns of values from codes of e2m1: the first key's byte of two columns, and the second
+// key's. (Of e4m3, halves_of_e4m3x4() gives them: first key's first column, second key's, then the
+// second column.)
 __device__ __forceinline__ void value_columns_of_e2m1(uint32_t codes, __half2 multiplier,
                                                       uint32_t& first, uint32_t& second) {
   const uint32_t bytes = halves_of_e2m1x4(codes);

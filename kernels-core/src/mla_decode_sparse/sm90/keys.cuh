@@ -1,4 +1,4 @@
-// The role of a warpgroup of keys: every second tile's Q K^T and softmax.
+// The role of the warpgroup of keys: queries, Q K^T and softmax of each tile.
 //
 //   S^T[64 keys][rows] = K Q^T      A: K, in registers;   B: Q, in shared memory
 //
@@ -6,8 +6,8 @@
 // of a block of 64 columns 16 t to 16 t + 15, four in each of four products; queries lie in that
 // order.
 //
-// The standing maximum of a row moves only when a logit exceeds it by kRescaleThresholdLog2. It is
-// common to both warpgroups, which follow one another in moving it.
+// The standing maximum of a row moves only when a logit exceeds it by kRescaleThresholdLog2; an
+// item's first keys set it.
 #pragma once
 
 #include "device/sm90/wgmma.cuh"
@@ -19,108 +19,112 @@ template <class Cfg>
 class Keys {
   using C = Config<Cfg>;
   using Operand = flash_mla::sm90::Operand;
-  using Mma = flash_mla::sm90::Wgmma<DType::kFloat16>;
   static constexpr int kN = C::kRows;
-  static constexpr int kBlockSteps = kColumns / kDepth;
-  static constexpr int kGroupSteps = 2;  // products that are issued at once
-  static constexpr int kFlights = 2;     // such groups under way
+  // Products are issued in groups of two, of which one is under way while the next is converted.
+  static constexpr int kGroupSteps = 2;
+  static constexpr int kBlockGroups = kColumns / kDepth / kGroupSteps;
+  static constexpr int kCodeBlocks = kBlocks - (C::kRopeInValues ? 1 : 0);
 
  public:
-  static constexpr int kSums = flash_mla::sm90::kRowSums<kN>;
+  __device__ __forceinline__ explicit Keys(SharedStorage<Cfg>& smem) : smem_(smem) {}
 
-  // `wg`: of keys.
-  __device__ __forceinline__ Keys(SharedStorage<Cfg>& smem, int wg) : smem_(smem), wg_(wg) {}
-
-  // The keys of an item, when its queries and rows are there.
-  __device__ __forceinline__ void attend(uint32_t slot, uint32_t first, int32_t tiles) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sum_[i] = 0.0f;
+  // The queries of an item, in the place of the one before.
+  __device__ __forceinline__ void load_queries(const GpuParams& p, const TileRows& rows) {
+    sync();
+    const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
-    for (int32_t tile = first_own(first); tile < tiles; tile += kGroups) {
-      query_keys(first + tile, is_fp4(slot, tile));
-      softmax(first + tile, tile > 0);
+    for (int row = thread / 4; row < kN; row += kWarpgroup / 4) {
+      const float factor =
+          flash_mla::sm90::load_query_row<C::kQueryBlocks, C::kRope, C::kQueryBlocks>(
+              rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row)) : nullptr,
+              smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
+      if (thread % 4 == 0) smem_.rows[row] = {0.0f, factor};
     }
-    // The item's last tile may be the other's.
-    if (tiles > 0 && (first + tiles - 1) % kGroups != static_cast<uint32_t>(wg_)) {
-      follow_sums(first + tiles - 1);
+    if (thread == 0) smem_.started = false;
+    flash_mla::sm90::fence_async_proxy();
+    sync();
+  }
+
+  // The keys of an item. `first`: its first tile, counted over all items.
+  __device__ __forceinline__ void attend(uint32_t slot, uint32_t first, int32_t tiles) {
+    const volatile ItemSlot& item = smem_.slots[slot];
+    const uint32_t fp4_from = first + (C::kFp4Extra && item.fp4 ? uniform(item.main_tiles) : tiles);
+#pragma unroll
+    for (float& sum : sums_) sum = 0.0f;
+#pragma unroll 1
+    for (uint32_t tile = first; tile < first + tiles; ++tile) {
+      const uint32_t stage = tile % C::kStages;
+      flash_mla::sm90::wait(smem_.kv_full[stage], tile / C::kStages & 1);
+      if (C::kFp4Extra && tile >= fp4_from) {
+        query_keys<true>(stage);
+      } else {
+        query_keys<false>(stage);
+      }
+      softmax(tile);
     }
     publish_sums(slot);
   }
 
  private:
-  __device__ __forceinline__ int32_t first_own(uint32_t first) const {
-    return static_cast<int32_t>((first + wg_) % kGroups);
-  }
-  __device__ __forceinline__ void sync_warpgroup() {
-    flash_mla::sm90::named_barrier_sync(kWarpgroupSync + wg_, kWarpgroup);
-  }
-  __device__ __forceinline__ bool is_fp4(uint32_t slot, int32_t tile) const {
-    if constexpr (!C::kFp4Extra) return false;
-    const volatile ItemSlot& item = smem_.slots[slot];
-    return uniform(item.fp4 && item.item.block_begin + tile >= item.main_blocks);
-  }
-
-  static __device__ __forceinline__ int sum_row(const Place& at, int i) {
-    return flash_mla::sm90::sum_row<kN>(at, i);
+  static __device__ __forceinline__ void sync() {
+    flash_mla::sm90::named_barrier_sync(kKeysSync, kWarpgroup);
   }
 
   // S^T = K Q^T of a tile.
-  __device__ __forceinline__ void query_keys(uint32_t tile, bool fp4) {
+  template <bool kFp4>
+  __device__ __forceinline__ void query_keys(uint32_t stage) {
     const Place at;
-    const uint32_t stage = tile % C::kStages;
-    flash_mla::sm90::wait(smem_.kv_full[stage], tile / C::kStages & 1);
+    constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const uint32_t key = kWarpKeys * at.warp + token_at(at.g);  // and 8 on
-    const uint8_t* const token =
-        smem_.tokens[stage] + key * (fp4 ? C::kFp4TokenBytes : C::kTokenBytes);
-    const int32_t next_token = 8 * (fp4 ? C::kFp4TokenBytes : C::kTokenBytes);
-    TokenScales<Cfg>(&scales)[2] = scales_;
-    fp4_ = fp4;
+    const uint8_t* const token = smem_.tokens[stage] + key * kTokenBytes;
+    constexpr int kNextToken = 8 * kTokenBytes;
     const auto scales_of = [&](int half) {
       if constexpr (C::kPageScales) {
         return reinterpret_cast<const uint8_t*>(&smem_.scales[stage][key + 8 * half]);
       } else {
-        return token + half * next_token + C::kLayout.scales_offset_bytes;
+        return token + half * kNextToken + C::kLayout.scales_offset_bytes;
       }
     };
-    valid_ = 0;
+    fp4_ = kFp4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t valid = smem_.valid[stage][2 * at.warp + half];
-      valid_ |= (valid >> token_at(at.g) & 1) << half;
-      if (fp4) {
-        scales[half].load_fp4(token + half * next_token, at.t);
+      exists_[half] = smem_.exists[stage][at.warp] >> (8 * half + token_at(at.g)) & 1;
+      if constexpr (kFp4) {
+        scales_[half].load_fp4(token + half * kNextToken, at.t);
         exponent_[half] = 0;
       } else {
-        exponent_[half] = scales[half].load(scales_of(half), at.t);
+        exponent_[half] = scales_[half].load(scales_of(half), at.t);
       }
     }
     uint4 rope[2][2];
     if constexpr (C::kRope) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          rope[half][i] = *reinterpret_cast<const uint4*>(
-              token + half * next_token + C::kLayout.rope_offset_bytes + at.t * 32 + i * 16);
+        const uint8_t* const row =
+            token + half * kNextToken + C::kLayout.rope_offset_bytes + at.t * 16;
+        rope[half][0] = *reinterpret_cast<const uint4*>(row);
+        rope[half][1] = *reinterpret_cast<const uint4*>(row + 64);
+        if constexpr (C::kRopeInValues) {
+          exponent_[half] = max(exponent_[half], rope_exponent(rope[half]));
         }
-        exponent_[half] = max(exponent_[half], rope_exponent(rope[half]));
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       exponent_[half] = max(kLeastExponent, min(kMostExponent, exponent_[half]));
-      if (!fp4) scales[half].apply(scales_of(half), exponent_[half]);
+      if constexpr (!kFp4) scales_[half].apply(scales_of(half), exponent_[half]);
     }
 
-    // Products are issued in groups, of which some are under way while the next is converted.
-    Columns columns[kFlights][2];
-    const auto multiply = [&](auto accumulate, const Operand& q, int group) {
-      Columns(&of)[2] = columns[group % kFlights];
+    const Operand q(smem_.q, flash_mla::sm90::kKMajorLeading);
+    Columns columns[kBlockGroups][2];
+    const auto multiply = [&](auto type, auto accumulate, int group, int offset) {
+      using Mma = flash_mla::sm90::Wgmma<decltype(type)::value>;
+      Columns(&of)[2] = columns[group];
       flash_mla::sm90::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kGroupSteps; ++i) {
         const uint32_t a[4] = {of[0][2 * i], of[1][2 * i], of[0][2 * i + 1], of[1][2 * i + 1]};
-        const uint64_t b = q.at((group % kBlockGroups * kGroupSteps + i) * 32);
+        const uint64_t b = q.at(offset + (group * kGroupSteps + i) * 32);
         if (i == 0) {
           Mma::template product<decltype(accumulate)::value, kN>(s_, a, b);
         } else {
@@ -131,187 +135,129 @@ class Keys {
     };
     using First = std::false_type;
     using Later = std::true_type;
+    using Half = std::integral_constant<DType, DType::kFloat16>;
+    using Bf16 = std::integral_constant<DType, DType::kBFloat16>;
+    // Codes of block c for both keys.
+    uint4 codes[2][2];
+    const auto load = [&](int c) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* const row = token + half * kNextToken;
+        if constexpr (kFp4) {
+          const uint2 v = *reinterpret_cast<const uint2*>(row + c * 32 + at.t * 8);
+          codes[c % 2][half] = make_uint4(v.x, 0, v.y, 0);
+        } else {
+          codes[c % 2][half] = *reinterpret_cast<const uint4*>(row + c * 64 + at.t * 16);
+        }
+      }
+    };
+    load(0);
     if constexpr (C::kRope) {
-      constexpr int kBlock = C::kQueryBlocks - 1;
-      const Operand q(smem_.q + kBlock * C::kQueryBlockBytes, flash_mla::sm90::kKMajorLeading);
 #pragma unroll
       for (int group = 0; group < kBlockGroups; ++group) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          halves_of_rope(rope[half][group], pow2(-exponent_[half]), columns[group][half]);
+          const __nv_bfloat162 unit = __float2bfloat162_rn(pow2(-exponent_[half]));
+          rope_of(rope[half][group], unit, columns[group][half]);
         }
+        constexpr int kOffset = (C::kQueryBlocks - 1) * C::kQueryBlockBytes;
         if (group == 0) {
-          multiply(First{}, q, group);
+          multiply(Bf16(), First(), group, kOffset);
         } else {
-          multiply(Later{}, q, group);
+          multiply(Bf16(), Later(), group, kOffset);
         }
       }
-    } else {
-#pragma unroll
-      for (float& s : s_) s = 0.0f;
     }
-
-    // Codes of block c for both keys; those of the next block are on their way while they are
-    // converted.
-    uint4 codes[2][2];
-    const auto load = [&](int c, uint4(&to)[2]) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint8_t* const row = token + half * next_token;
-        if (fp4) {
-          const uint2 v = *reinterpret_cast<const uint2*>(row + c * 32 + at.t * 8);
-          to[half] = make_uint4(v.x, 0, v.y, 0);
-        } else {
-          to[half] = *reinterpret_cast<const uint4*>(row + c * 64 + at.t * 16);
-        }
-      }
-    };
-    const auto block = [&](int c, const uint4(&of)[2]) {
-      const Operand q(smem_.q + c * C::kQueryBlockBytes, flash_mla::sm90::kKMajorLeading);
-      __half2 multiplier[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        multiplier[half] =
-            fp4 ? scales[half].fp4_multiplier(c) : scales[half].multiplier(c, exponent_[half]);
-      }
+    for (int c = 0; c < kCodeBlocks; ++c) {
 #pragma unroll
       for (int group = 0; group < kBlockGroups; ++group) {
         // The products that read these registers last are done.
-        flash_mla::sm90::wgmma_wait<kFlights - 1>();
+        if (C::kRope || c > 0) flash_mla::sm90::wgmma_wait<kBlockGroups - 1>();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint2 eight =
-              group == 0 ? make_uint2(of[half].x, of[half].y) : make_uint2(of[half].z, of[half].w);
-          if (fp4) {
-            halves_of_e2m1(eight.x, multiplier[half], columns[group][half]);
+          const __half2 multiplier =
+              kFp4 ? scales_[half].fp4_multiplier(c) : scales_[half].multiplier(c, exponent_[half]);
+          const uint4& of = codes[c % 2][half];
+          const uint2 eight = group == 0 ? make_uint2(of.x, of.y) : make_uint2(of.z, of.w);
+          if constexpr (kFp4) {
+            halves_of_e2m1(eight.x, multiplier, columns[group][half]);
           } else {
-            halves_of_e4m3(eight, multiplier[half], columns[group][half]);
+            halves_of_e4m3(eight, multiplier, columns[group][half]);
           }
         }
-        multiply(Later{}, q, group);
-      }
-    };
-    if constexpr (kLoadsAhead) {
-      load(0, codes[0]);
-#pragma unroll 1
-      for (int c = 0; c + 1 < kCodeBlocks; c += 2) {
-        load(c + 1, codes[1]);
-        block(c, codes[0]);
-        if (c + 2 < kCodeBlocks) load(c + 2, codes[0]);
-        block(c + 1, codes[1]);
-      }
-      if constexpr (kCodeBlocks % 2 != 0) block(kCodeBlocks - 1, codes[0]);
-    } else {
-#pragma unroll 1
-      for (int c = 0; c < kCodeBlocks; ++c) {
-        load(c, codes[0]);
-        block(c, codes[0]);
+        if (!C::kRope && c == 0 && group == 0) {
+          multiply(Half(), First(), group, c * C::kQueryBlockBytes);
+        } else {
+          multiply(Half(), Later(), group, c * C::kQueryBlockBytes);
+        }
+        if (group == 0 && c + 1 < kCodeBlocks) load(c + 1);
       }
     }
     arrive(smem_.kv_empty[stage]);  // what was read of it is in registers
     flash_mla::sm90::wgmma_wait<0>();
     flash_mla::sm90::pin(s_);
   }
-  static constexpr int kBlockGroups = kBlockSteps / kGroupSteps;
-  static_assert(kBlockGroups == kFlights);
-  static constexpr bool kLoadsAhead = kN < 64;
-  static constexpr int kCodeBlocks = kBlocks - (C::kRopeInValues ? 1 : 0);
 
-  // Whether a row's maximum grew in a tile.
-  __device__ __forceinline__ bool has_grown(uint32_t tile) const {
-    return uniform(*static_cast<volatile uint32_t*>(&smem_.grown[tile % 2][tile / 2 % 2])) != 0;
-  }
-  // The standing maxima of the other's tile are known: takes them over for the sums.
-  __device__ __forceinline__ void follow_sums(uint32_t tile) {
-    flash_mla::sm90::wait(smem_.max_full[tile % 2], tile / 2 % 2);
-    if (has_grown(tile)) rescale_sums(tile);
-  }
-  __device__ __forceinline__ void rescale_sums(uint32_t tile) {
+  __device__ __forceinline__ void rescale_sums(const float (&factors)[kN]) {
     const Place at;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      sum_[i] *= smem_.row_factor[tile % 2][tile / 2 % 2][sum_row(at, i)];
-    }
-  }
-
-  // `follows`: another tile of the item came before.
-  __device__ __forceinline__ void softmax(uint32_t tile, bool follows) {
-    if (!__all_sync(kAllLanes, valid_ == 3)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if ((valid_ >> half & 1) != 0) continue;
-#pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-          s_[4 * j + 2 * half] = -kInfinity;
-          s_[4 * j + 2 * half + 1] = -kInfinity;
-        }
-      }
-    }
-    // Each tile's maxima, in their order; those of an item before are of no use.
-    if (follows) {
-      follow_sums(tile - 1);
-    } else if (tile > 0) {
-      flash_mla::sm90::wait(smem_.max_full[(tile - 1) % 2], (tile - 1) / 2 % 2);
-    }
-
-    // Does a row exceed its standing maximum by much?
-    const Place at;
-    const auto state = [&](int j) {
-      return *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
-    };
-    float high[2] = {-kInfinity, -kInfinity};  // of each key, without its 2^e
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float4 rows = state(j);
+      const float2 factor = *reinterpret_cast<const float2*>(&factors[8 * j + 2 * at.t]);
+      sums_[2 * j] *= factor.x;
+      sums_[2 * j + 1] *= factor.y;
+    }
+  }
+
+  __device__ __forceinline__ void softmax(uint32_t tile) {
+    const Place at;
+    const uint32_t parity = tile % 2;
+    if (!__all_sync(kAllLanes, exists_[0] & exists_[1])) {
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        if (exists_[i / 2 % 2] == 0) s_[i] = -kInfinity;
+      }
+    }
+    // Logits over the standing maxima. Does one exceed its row's by much?
+    const bool first = !*static_cast<volatile bool*>(&smem_.started);
+    const float scale[2] = {pow2(exponent_[0]), pow2(exponent_[1])};
+    float high[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float4 rows = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& s = s_[4 * j + i];
-        s *= pow2(exponent_[i / 2]);
-        high[i / 2] =
-            fmaxf(high[i / 2], fmaf(s, i % 2 ? rows.w : rows.y, -(i % 2 ? rows.z : rows.x)));
+        s = fmaf(s * scale[i / 2], i % 2 ? rows.w : rows.y, -(i % 2 ? rows.z : rows.x));
+        high[i / 2] = fmaxf(high[i / 2], s);
       }
     }
-    const float most = fmaxf(high[0] + static_cast<float>(exponent_[0]),
-                             high[1] + static_cast<float>(exponent_[1]));
-    const bool grown =
-        flash_mla::sm90::any_in_warpgroup(kWarpgroupSync + wg_, most > kRescaleThresholdLog2);
-    if (grown) grow(tile, follows);
-    if (threadIdx.x % kWarpgroup == 0) smem_.grown[wg_][tile / 2 % 2] = grown;
-    arrive(smem_.max_full[wg_]);
+    const bool grown = flash_mla::sm90::any_in_warpgroup(
+        kKeysSync, first || fmaxf(high[0], high[1]) > kRescaleThresholdLog2);
+    flash_mla::sm90::wait(smem_.p_empty[parity], tile / 2 % 2 ^ 1);
+    if (grown) grow(parity, first);
+    if (threadIdx.x % kWarpgroup == 0) smem_.grown[parity] = grown;
 
-    float sums[kN / 4];  // [2 j + e]: of this thread's two keys, for row 8 j + 2 t + e
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const float4 rows = state(j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s_[4 * j + i];
-        x = flash_mla::sm90::fast_exp2(
-            fmaf(x, i % 2 ? rows.w : rows.y, -(i % 2 ? rows.z : rows.x)));
-        if (i < 2) {
-          sums[2 * j + i % 2] = x;
-        } else {
-          sums[2 * j + i % 2] += x;
-        }
-        x *= pow2(exponent_[i / 2]);
-      }
+    for (int i = 0; i < kN / 2; ++i) {
+      s_[i] = flash_mla::sm90::fast_exp2(s_[i]);
+      sums_[i / 4 * 2 + i % 2] += s_[i];
     }
-    flash_mla::sm90::add_up_keys<kN / 4>(at, sums);
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sum_[i] += sums[i];
-
-    wait_for_place_of_p(tile);
+    const __half2 carried[2] = {__float2half2_rn(scale[0]), __float2half2_rn(scale[1])};
+    flash_mla::sm90::store_p<kN>(at, smem_.p[parity], [&](int i) {
+      return times(flash_mla::sm90::pack<DType::kFloat16>(s_[2 * i], s_[2 * i + 1]),
+                   carried[i % 2]);
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int place = kWarpKeys * at.warp + at.g + 8 * half;
-      scales_[half].write(smem_.multiplier[wg_], place, at.t, exponent_[half], fp4_);
+      scales_[half].write(smem_.multiplier[parity], place, at.t, exponent_[half], fp4_);
       if constexpr (C::kRopeInValues) {
-        if (at.t == 0) smem_.unit[wg_][place] = pow2(-exponent_[half]);
+        if (at.t == 0) smem_.unit[parity][place] = pow2(-exponent_[half]);
       }
     }
-    flash_mla::sm90::store_p<DType::kFloat16>(at, smem_.p[wg_], s_);
     flash_mla::sm90::fence_async_proxy();
-    arrive(smem_.p_full[wg_]);
+    arrive(smem_.p_full[parity]);
   }
 
   static __device__ __forceinline__ void arrive(Barrier& barrier) {
@@ -320,77 +266,75 @@ class Keys {
     __syncwarp();
   }
 
-  // Values are done with P of the warpgroup's last tile.
-  __device__ __forceinline__ void wait_for_place_of_p(uint32_t tile) {
-    flash_mla::sm90::wait(smem_.p_empty[wg_], (tile / 2 & 1) ^ 1);
-  }
-
-  // The standing maxima become those of the tile, where it has larger ones.
-  __device__ __forceinline__ void grow(uint32_t tile, bool follows) {
-    // The other warpgroup's exponentials of the tile before are relative to those that stand.
-    if (follows) flash_mla::sm90::wait(smem_.p_full[wg_ ^ 1], (tile - 1) / 2 % 2);
+  // The standing maxima become those of the tile, where it has larger ones; before the item's first
+  // key they are 0 and stand for nothing.
+  __device__ __forceinline__ void grow(uint32_t parity, bool first) {
     // In P's place.
-    wait_for_place_of_p(tile);
     using ColumnMax = float[kWarpgroupWarps][kN];
     static_assert(sizeof(ColumnMax) <= sizeof(smem_.p[0]));
-    auto& column_max = reinterpret_cast<ColumnMax&>(smem_.p[wg_]);
+    auto& column_max = reinterpret_cast<ColumnMax&>(smem_.p[parity]);
+    float (&growth)[kN] = column_max[0];
     const Place at;
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const float4 rows = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+    for (int i = 0; i < kN / 4; ++i) {  // row 8 j + 2 t + e, i = 2 j + e
+      const int value = 4 * (i / 2) + i % 2;
+      float most = fmaxf(s_[value], s_[value + 2]);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float factor = e == 0 ? rows.y : rows.w;
-        float most = fmaxf(fmaf(s_[4 * j + e], factor, static_cast<float>(exponent_[0])),
-                           fmaf(s_[4 * j + 2 + e], factor, static_cast<float>(exponent_[1])));
-#pragma unroll
-        for (int d = 4; d < kLanes; d *= 2) {
-          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, d));
-        }
-        if (at.g == 0) column_max[at.warp][8 * j + 2 * at.t + e] = most;
+      for (int d = 4; d < kLanes; d *= 2) {
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, d));
       }
+      if (at.g == 0) column_max[at.warp][i / 2 * 8 + 2 * at.t + i % 2] = most;
     }
-    sync_warpgroup();
+    sync();
     const int row = at.warp * kLanes + at.lane;
     if (row < kN) {
-      RowState& state = smem_.rows[row];
-      float most = state.max;
+      float most = first ? -kInfinity : 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarpgroupWarps; ++w) most = fmaxf(most, column_max[w][row]);
-      smem_.row_factor[wg_][tile / 2 % 2][row] = flash_mla::sm90::fast_exp2(state.max - most);
-      state.max = most;
+      const bool keys = most > -kInfinity;
+      if (!keys) most = 0.0f;
+      smem_.rows[row].max += most;
+      smem_.row_factor[parity][row] = first ? 0.0f : flash_mla::sm90::fast_exp2(-most);
+      growth[row] = most;
+      if (keys) smem_.started = true;
     }
-    sync_warpgroup();
-    rescale_sums(tile);
+    sync();
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float2 by = *reinterpret_cast<const float2*>(&growth[8 * j + 2 * at.t]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s_[4 * j + i] -= i % 2 ? by.y : by.x;
+    }
+    rescale_sums(smem_.row_factor[parity]);
+    sync();  // all have read what P will overwrite
   }
 
   // The warps of the warpgroup add their sums one after the other.
   __device__ __forceinline__ void publish_sums(uint32_t slot) {
     const Place at;
-    float (&row_sum)[kN] = smem_.row_sum[slot][wg_];
+    flash_mla::sm90::add_up_keys<kN / 4>(at, sums_);
 #pragma unroll 1
     for (int w = 0; w < kWarpgroupWarps; ++w) {
       if (at.warp == w && (kN >= 32 || at.g % 2 == 0)) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-          float& total = row_sum[sum_row(at, i)];
-          total = (w == 0 ? 0.0f : total) + sum_[i];
+        for (int i = 0; i < flash_mla::sm90::kRowSums<kN>; ++i) {
+          float& total = smem_.row_sum[slot][flash_mla::sm90::sum_row<kN>(at, i)];
+          total = (w == 0 ? 0.0f : total) + sums_[i];
         }
       }
-      sync_warpgroup();
+      sync();
     }
     const int row = at.warp * kLanes + at.lane;
-    if (wg_ == 0 && row < kN) smem_.row_max[slot][row] = smem_.rows[row].max;
+    if (row < kN) smem_.row_max[slot][row] = smem_.started ? smem_.rows[row].max : -kInfinity;
     arrive(smem_.sums_full[slot]);
     arrive(smem_.item_empty[slot]);
   }
 
   SharedStorage<Cfg>& smem_;
-  const int wg_;
-  float s_[kN / 2];  // logits: [4 j + 2 half + e] for row 8 j + 2 t + e
-  float sum_[kSums];
-  int exponent_[2];  // that P of this thread's keys carries
-  uint32_t valid_;   // bits 0 and 1: these keys exist
+  float s_[kN / 2];     // logits: [4 j + 2 half + e] for row 8 j + 2 t + e
+  float sums_[kN / 4];  // [2 j + e]: of this thread's keys of the item
+  int exponent_[2];     // that P of this thread's keys carries
+  uint32_t exists_[2];  // whether these keys do
   TokenScales<Cfg> scales_[2];
   bool fp4_;  // the tile holds e2m1
 };

@@ -1,6 +1,9 @@
-// Tokens on their way to shared memory, row by row by the copy engine. By the warps of values,
-// which have little else to do; a warp brings eight of a tile's.
+// The warpgroup that loads: the tokens of the CTA's items, row by row by the copy engine. (Copies
+// of 16 bytes by all lanes take fewer instructions, but keys and values wait behind them for their
+// own reads of shared memory.)
 #pragma once
+
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "device/sm80/cp_async.cuh"
 #include "device/sm90/bulk.cuh"
@@ -8,120 +11,131 @@
 
 namespace flash_mla::mla_decode_sparse::sm90 {
 
+// In a warp: 16 tokens of each tile, which the first 16 lanes find.
 template <class Cfg>
 class TokenLoader {
   using C = Config<Cfg>;
-  static constexpr uint32_t kWarpTokens = kTileKeys / kRoleWarps;
+  static constexpr uint32_t kAll = (1u << kWarpKeys) - 1;
 
  public:
+  // Arrivals at kv_full beside the bytes of rows.
+  static constexpr uint32_t kArrivals = kWarpgroupWarps + (C::kPageScales ? kTileKeys : 0);
+
   __device__ __forceinline__ TokenLoader(const GpuParams& p, SharedStorage<Cfg>& smem)
       : p_(p), smem_(smem) {}
 
-  // Asks for tiles up to `end`, counted over all items, as far as item `item` and the one after it
-  // have them.
-  __device__ __forceinline__ void fill(uint32_t end, uint32_t item) {
-#pragma unroll 1
-    while (fill_ < end) {
-      if (next_ == slot().num_tiles) {
-        if (item_ > item) return;
-        const uint32_t after = item_ + 1;
-        flash_mla::sm90::wait(smem_.item_full[after % 2], after / 2 % 2);
-        if (smem_.slots[after % 2].item.request < 0) return;
-        start(after);
-        continue;
-      }
-      load_next();
-    }
-  }
-  // All tiles of items before this one have been asked for.
-  __device__ __forceinline__ void catch_up(uint32_t item) {
-    if (item == 0 || item_ < item) start(item);
+  // Asks for the tokens of an item, each tile when there is a place for it.
+  __device__ __forceinline__ void load(const volatile ItemSlot& slot) {
+    const int32_t tiles = slot.num_tiles, main_tiles = slot.main_tiles;
+    load_set(p_.main, p_.pages[0], p_.num_slots[0], slot.entries[0], slot.first_token[0],
+             slot.num_tokens[0], main_tiles);
+    load_set(p_.extra, p_.pages[1], p_.num_slots[1], slot.entries[1],
+             slot.first_token[1] + main_tiles * kTileKeys, slot.num_tokens[1], tiles - main_tiles);
   }
 
  private:
-  __device__ __forceinline__ void start(uint32_t item) {
-    item_ = item;
-    next_ = 0;
-    entry_ = fetch(0);
+  // `entries`: what the tokens are called; `tiles`, from token `first` on.
+  __device__ __forceinline__ void load_set(const TokenSet& set, const PageDivisor& pages,
+                                           uint32_t num_slots, const int32_t* entries,
+                                           int32_t first, int32_t num_tokens, int32_t tiles) {
+    if (tiles <= 0) return;
+    const Place at;
+    const PagedKv& kv = set.kv;
+    const bool fp4 = C::kFp4Extra && kv.format == KvFormat::kV41Fp4;
+    const int32_t token = first + at.warp * kWarpKeys + at.lane;
+    const int32_t* from = entries + token * set.indices_stride_k;
+    // The lane's, -1 past the last one.
+    int32_t left = at.lane < kWarpKeys ? num_tokens - token : 0;
+    const auto fetch = [&] { return left > 0 ? __ldg(from) : -1; };
+    int32_t entry = fetch();
+#pragma unroll 1
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      load_tile(kv, pages, static_cast<uint32_t>(entry), num_slots, fp4);
+      from += kTileKeys * set.indices_stride_k;
+      left -= kTileKeys;
+      entry = fetch();
+    }
   }
-  __device__ __forceinline__ void load_next() {
-    const uint32_t tile = fill_++, stage = tile % C::kStages;
-    const bool extra = is_extra(next_);
-    const PagedKv& kv = extra ? p_.extra.kv : p_.main.kv;
-    const int32_t entry = entry_;
-    entry_ = fetch(++next_);
 
-    const bool fp4 = C::kFp4Extra && extra && kv.format == KvFormat::kV41Fp4;
-    const uint32_t bytes = fp4 ? kv_layout(KvFormat::kV41Fp4).row_bytes : C::kLayout.row_bytes;
-    const bool valid = kv.has_slot(entry);
-    const uint32_t all_valid = __ballot_sync(kAllLanes, valid);
+  __device__ __forceinline__ void load_tile(const PagedKv& kv, const PageDivisor& pages,
+                                            uint32_t entry, uint32_t num_slots, bool fp4) {
+    constexpr KvLayout layout = C::kLayout;
+    const Place at;
+    const bool exists = entry < num_slots;
+    const uint32_t existing = __ballot_sync(kAllLanes, exists);
+    const uint32_t page = pages.divide(entry);
+    const uint32_t offset = entry - page * static_cast<uint32_t>(kv.page_size);
+    const uint8_t*(&rows)[kWarpKeys] = smem_.rows_to_load[at.warp];
+    if (exists) rows[at.lane] = kv.row(layout, page, offset, 0);
+    __syncwarp();
+
+    const uint32_t stage = ring_.stage;
     Barrier& full = smem_.kv_full[stage];
-    flash_mla::sm90::wait(smem_.kv_empty[stage], (tile / C::kStages & 1) ^ 1);
-    if (lane() == 0) {
-      smem_.valid[stage][warp()] = static_cast<uint8_t>(all_valid);
-      flash_mla::sm90::expect(full, __popc(all_valid) * bytes);
+    flash_mla::sm90::wait(smem_.kv_empty[stage], ring_.phase ^ 1);
+    ring_.advance();
+    if (C::kFp4Extra && fp4) {
+      copy<kv_layout(KvFormat::kV41Fp4).row_bytes, C::kFp4TokenBytes>(stage, rows, existing);
+    } else {
+      copy<layout.row_bytes, C::kTokenBytes>(stage, rows, existing);
+    }
+    if constexpr (C::kPageScales) {
+      if (at.lane < kWarpKeys) {
+        flash_mla::sm80::copy_8(smem_address(&smem_.scales[stage][at.warp * kWarpKeys + at.lane]),
+                                exists ? kv.scales(layout, page, offset) : kv.data, exists);
+        flash_mla::sm80::arrive_when_copied(smem_address(&full));
+      }
     }
     __syncwarp();
-    if (lane() < kWarpTokens) {
-      constexpr KvLayout layout = C::kLayout;
-      const uint32_t token = warp() * kWarpTokens + lane();
-      uint8_t* const to = smem_.tokens[stage] + token * (fp4 ? C::kFp4TokenBytes : C::kTokenBytes);
-      if (valid) {
-        const uint32_t page = p_.pages[extra].divide(entry);
-        const uint32_t offset = entry - page * static_cast<uint32_t>(kv.page_size);
-        flash_mla::sm90::copy_bulk(to, kv.row(layout, page, offset, 0), bytes, full);
-        if constexpr (C::kPageScales) {
-          flash_mla::sm80::copy_8(flash_mla::sm80::smem_address(&smem_.scales[stage][token]),
-                                  kv.scales(layout, page, offset), true);
+    if (at.lane == 0) flash_mla::sm90::arrive(full);
+    __syncwarp();
+  }
+
+  // The warp's tokens of a tile.
+  template <uint32_t kBytes, uint32_t kPitch>
+  __device__ __forceinline__ void copy(uint32_t stage, const uint8_t* const (&rows)[kWarpKeys],
+                                       uint32_t existing) {
+    const Place at;
+    uint8_t* const to = smem_.tokens[stage] + at.warp * kWarpKeys * kPitch;
+    Barrier& full = smem_.kv_full[stage];
+    if (at.lane == 0) {
+      smem_.exists[stage][at.warp] = existing;
+      flash_mla::sm90::expect(full, __popc(existing) * kBytes);
+    }
+    __syncwarp();
+    if (existing == kAll) {
+      if (cute::elect_one_sync()) {
+#pragma unroll
+        for (int i = 0; i < kWarpKeys; i += 2) {
+          const auto two = *reinterpret_cast<const ulonglong2*>(&rows[i]);
+          flash_mla::sm90::copy_bulk(to + i * kPitch, reinterpret_cast<const void*>(two.x), kBytes,
+                                     full);
+          flash_mla::sm90::copy_bulk(to + (i + 1) * kPitch, reinterpret_cast<const void*>(two.y),
+                                     kBytes, full);
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kWarpKeys; ++i) {
+      if ((existing >> i & 1) != 0) {
+        if (cute::elect_one_sync()) {
+          flash_mla::sm90::copy_bulk(to + i * kPitch, rows[i], kBytes, full);
         }
       } else {
-        // Their P is 0, and the products' other operand must be finite.
-#pragma unroll 1
-        for (uint32_t i = 0; i < bytes; i += 16) {
-          *reinterpret_cast<uint4*>(to + i) = make_uint4(0, 0, 0, 0);
-        }
-        if constexpr (C::kPageScales) smem_.scales[stage][token] = make_uint2(0, 0);
-        flash_mla::sm90::fence_async_proxy();  // the copy engine will write there
-      }
-      if constexpr (C::kPageScales) {
-        flash_mla::sm80::arrive_when_copied(flash_mla::sm80::smem_address(&full));
+        // Its P is 0, and the products' other operand must be finite.
+        uint4* const row = reinterpret_cast<uint4*>(to + i * kPitch);
+        for (uint32_t c = at.lane; c < kBytes / 16; c += kLanes) row[c] = make_uint4(0, 0, 0, 0);
       }
     }
-    __syncwarp();
-    if (lane() == 0) flash_mla::sm90::arrive(full);
-    __syncwarp();
+    flash_mla::sm90::fence_async_proxy();  // the copy engine will write there
   }
-
-  static __device__ __forceinline__ uint32_t lane() {
-    return static_cast<uint32_t>(flash_mla::sm90::this_thread()) % kLanes;
-  }
-  static __device__ __forceinline__ uint32_t warp() {
-    return static_cast<uint32_t>(flash_mla::sm90::this_thread()) / kLanes;
-  }
-  __device__ __forceinline__ const volatile ItemSlot& slot() const {
-    return smem_.slots[item_ % 2];
-  }
-  __device__ __forceinline__ bool is_extra(int32_t tile) const {
-    return slot().item.block_begin + tile >= slot().main_blocks;
-  }
-
-  // What the lane's token of a tile is called, -1 past the last one.
-  __device__ __forceinline__ int32_t fetch(int32_t tile) const {
-    if (tile >= slot().num_tiles || lane() >= kWarpTokens) return -1;
-    const bool extra = is_extra(tile);
-    const int32_t block = slot().item.block_begin + tile - (extra ? slot().main_blocks : 0);
-    const int32_t i = block * kTileKeys + static_cast<int32_t>(warp() * kWarpTokens + lane());
-    if (i >= slot().num_tokens[extra]) return -1;
-    return __ldg(slot().entries[extra] +
-                 i * (extra ? p_.extra.indices_stride_k : p_.main.indices_stride_k));
+  static __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+    return flash_mla::sm90::smem_address(pointer);
   }
 
   const GpuParams& p_;
   SharedStorage<Cfg>& smem_;
-  uint32_t fill_ = 0;   // tiles asked for
-  uint32_t item_ = 0;   // of the next one
-  int32_t next_ = 0;    // its number there
-  int32_t entry_ = -1;  // the lane's index in it
+  Ring<C::kStages> ring_;  // of the next tile
 };
 
 }  // namespace flash_mla::mla_decode_sparse::sm90

@@ -27,8 +27,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
     scale[r] = 0.0f;
     to[r] = nullptr;
     if (row >= kN || !rows.valid(p, row)) continue;
-    const SoftmaxRow softmax = {smem.row_max[slot][row],
-                                smem.row_sum[slot][0][row] + smem.row_sum[slot][1][row]};
+    const SoftmaxRow softmax = {smem.row_max[slot][row], smem.row_sum[slot][row]};
     const bool tells = wg == 0 && at.warp == 0;  // for all warps, which have the row too
     if (whole) {
       const float lse = softmax.lse();
@@ -69,7 +68,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
   __syncwarp();
   if (whole || p.grid.invariant_splits > 0) return;
   // Tells the others of the unit; they meet after their last items.
-  split_unit(p, item, member, kRoleWarps).arrive();
+  split_unit(p, item, member, kValueWarps).arrive();
   if (threadIdx.x == 0) smem.split_items[smem.num_split++] = item;
 }
 

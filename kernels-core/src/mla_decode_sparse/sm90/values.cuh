@@ -9,7 +9,6 @@
 
 #include "device/sm90/wgmma.cuh"
 #include "mla_decode_sparse/sm90/convert.cuh"
-#include "mla_decode_sparse/sm90/load.cuh"
 
 namespace flash_mla::mla_decode_sparse::sm90 {
 
@@ -22,13 +21,18 @@ class Values {
   static constexpr int kSteps = kTileKeys / kDepth;
   // Products are issued in groups, of which one is under way while the next is converted, if there
   // are registers for that.
-  static constexpr int kColumnGroup = kN == 64 ? 1 : 4;
+  static constexpr int kColumnGroup = 64 / kN;
 
  public:
   static constexpr int kProducts = 4;
   float o[kProducts][kN / 2];
 
-  __device__ __forceinline__ Values(SharedStorage<Cfg>& smem, int wg) : smem_(smem), wg_(wg) {}
+  __device__ __forceinline__ Values(SharedStorage<Cfg>& smem, int wg) : smem_(smem), wg_(wg) {
+    const Place at;
+    for (int i = 0; i < 2; ++i) {
+      offset_[i] = token_at(2 * at.t + i) * C::kTokenBytes + first_column(at);
+    }
+  }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -40,24 +44,24 @@ class Values {
 
   // `tile`: counted over all items.
   __device__ __forceinline__ void add(uint32_t tile, bool fp4) {
-    const uint32_t owner = tile % kGroups, turn = tile / kGroups, stage = tile % C::kStages;
+    const uint32_t parity = tile % 2, stage = tile % C::kStages;
     flash_mla::sm90::wait(smem_.kv_full[stage], tile / C::kStages & 1);
-    flash_mla::sm90::wait(smem_.p_full[owner], turn % 2);
-    if (uniform(*static_cast<volatile uint32_t*>(&smem_.grown[owner][turn % 2])) != 0) {
-      rescale(smem_.row_factor[owner][turn % 2]);
+    flash_mla::sm90::wait(smem_.p_full[parity], tile / 2 % 2);
+    if (uniform(*static_cast<volatile uint32_t*>(&smem_.grown[parity])) != 0) {
+      rescale(smem_.row_factor[parity]);
     }
     pin();
     if (C::kFp4Extra && fp4) {
-      multiply<Codes::kE2m1>(owner, stage);
-    } else if (C::kRopeInValues && wg_ == kGroups - 1) {
-      multiply<Codes::kE4m3AndRope>(owner, stage);
+      multiply<Codes::kE2m1>(parity, stage);
+    } else if (C::kRopeInValues && wg_ == kValueGroups - 1) {
+      multiply<Codes::kE4m3AndRope>(parity, stage);
     } else {
-      multiply<Codes::kE4m3>(owner, stage);
+      multiply<Codes::kE4m3>(parity, stage);
     }
     arrive(smem_.kv_empty[stage]);  // its codes are in registers
     flash_mla::sm90::wgmma_wait<0>();
     pin();
-    arrive(smem_.p_empty[owner]);
+    arrive(smem_.p_empty[parity]);
   }
 
  private:
@@ -65,23 +69,24 @@ class Values {
   enum class Codes { kE4m3, kE2m1, kE4m3AndRope };
 
   template <Codes kCodes>
-  __device__ __forceinline__ void multiply(uint32_t owner, uint32_t stage) {
+  __device__ __forceinline__ void multiply(uint32_t parity, uint32_t stage) {
     constexpr bool kFp4 = kCodes == Codes::kE2m1;
     constexpr int kFlights = kN == 64 && (C::kFp4Extra || C::kRopeInValues) ? 1 : 2;
     constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const Place at;
     const bool rope = kCodes == Codes::kE4m3AndRope && at.warp == kWarpgroupWarps - 1;
-    const int32_t column = 256 * wg_ + 64 * at.warp + 8 * at.g;
-    const uint8_t* const tokens = smem_.tokens[stage];
-    const uint8_t* const v[2] = {tokens + token_at(2 * at.t) * kTokenBytes,
-                                 tokens + token_at(2 * at.t + 1) * kTokenBytes};
-    const int32_t byte = kFp4    ? column / 2
-                         : !rope ? column
-                                 : C::kLayout.rope_offset_bytes + (column - C::kLayout.d_nope) * 2;
+    const int32_t column = first_column(at);
+    const auto key = [&](int i) {
+      const uint8_t* const tokens = smem_.tokens[stage];
+      if constexpr (kFp4) return tokens + token_at(2 * at.t + i) * kTokenBytes + column / 2;
+      constexpr int32_t kToRope = C::kLayout.rope_offset_bytes - C::kLayout.d_nope;
+      return tokens + offset_[i] + (rope ? kToRope + (column - C::kLayout.d_nope) : 0);
+    };
+    const uint8_t* const v[2] = {key(0), key(1)};
     constexpr int kTile = kFp4 ? kv_layout(KvFormat::kV41Fp4).scale_tile : C::kLayout.scale_tile;
     const __half* const multipliers_at =
-        smem_.multiplier[owner][rope ? 0 : column / kTile] + 2 * at.t;
-    const Operand p(smem_.p[owner], flash_mla::sm90::kKMajorLeading);
+        smem_.multiplier[parity][rope ? 0 : column / kTile] + 2 * at.t;
+    const Operand p(smem_.p[parity], flash_mla::sm90::kKMajorLeading);
 
     uint2 codes[2][2];
     __half2 multipliers[2];
@@ -91,7 +96,7 @@ class Values {
         const int first = 16 * step + 8 * half;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint8_t* const from = v[i] + first * kTokenBytes + byte;
+          const uint8_t* const from = v[i] + first * kTokenBytes;
           uint2& to = codes[half][i];
           if constexpr (kFp4) {
             to.x = *reinterpret_cast<const uint32_t*>(from);
@@ -124,19 +129,19 @@ class Values {
             } else {
               const uint32_t x = product < 2 ? codes[half][0].x : codes[half][0].y;
               const uint32_t y = product < 2 ? codes[half][1].x : codes[half][1].y;
-              value_columns_of_e4m3(__byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362),
-                                    multipliers[half], low, high);
+              halves_of_e4m3x4(__byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362),
+                               multipliers[half], low, high);
             }
             if constexpr (kCodes == Codes::kE4m3AndRope) {
               if (rope) {
                 const int place = 16 * step + 8 * half;
                 const auto pair = [&](int k) {
-                  return *reinterpret_cast<const uint32_t*>(v[k] + place * kTokenBytes + byte +
+                  return *reinterpret_cast<const uint32_t*>(v[k] + place * kTokenBytes +
                                                             4 * product);
                 };
                 value_columns_of_bf16(
                     pair(0), pair(1),
-                    *reinterpret_cast<const float2*>(&smem_.unit[owner][place + 2 * at.t]), low,
+                    *reinterpret_cast<const float2*>(&smem_.unit[parity][place + 2 * at.t]), low,
                     high);
               }
             }
@@ -150,6 +155,9 @@ class Values {
         flash_mla::sm90::wgmma_commit();
       }
     }
+  }
+  __device__ __forceinline__ int32_t first_column(const Place& at) const {
+    return 256 * wg_ + 64 * at.warp + 8 * at.g;
   }
   static __device__ __forceinline__ void arrive(Barrier& barrier) {
     __syncwarp();
@@ -177,6 +185,7 @@ class Values {
 
   SharedStorage<Cfg>& smem_;
   const int wg_;
+  int32_t offset_[2];  // of the thread's first column of its keys of eight, in a stage
 };
 
 }  // namespace flash_mla::mla_decode_sparse::sm90

@@ -324,7 +324,8 @@ class Attend {
                                   : step == 1 ? raw[half].y
                                   : step == 2 ? raw[half].z
                                               : raw[half].w;
-            uint32_t low = halves_of_codes(four), high = halves_of_codes(four >> 16);
+            uint32_t low, high;
+            sm89::e4m3x4_to_halves(four, low, high);
             if constexpr (C::kScaled) {
               low = times(low, multiplier[half]);
               high = times(high, multiplier[half]);
@@ -526,7 +527,8 @@ class Attend {
             const uint32_t x = product < 2 ? codes[half][0].x : codes[half][0].y;
             const uint32_t y = product < 2 ? codes[half][1].x : codes[half][1].y;
             const uint32_t pairs = __byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362);
-            uint32_t low = halves_of_codes(pairs), high = halves_of_codes(pairs >> 16);
+            uint32_t low, high;
+            sm89::e4m3x4_to_halves(pairs, low, high);
             if constexpr (C::kScaled) {
               low = times(low, multiplier[half]);
               high = times(high, multiplier[half]);
@@ -662,7 +664,9 @@ class Attend {
     // The other warpgroup is done with P of the last turn; this one was when it voted.
     if constexpr (kShared) flash_mla::sm90::wait(smem_.p_empty[wg_], (turn + 1) % 2);
     if constexpr (C::kScaled) write_multipliers(at, count);
-    flash_mla::sm90::store_p<C::kMmaType>(at, smem_.p[wg_], s_);
+    flash_mla::sm90::store_p<kN>(at, smem_.p[wg_], [&](int i) {
+      return flash_mla::sm90::pack<C::kMmaType>(s_[2 * i], s_[2 * i + 1]);
+    });
     flash_mla::sm90::fence_async_proxy();
     if constexpr (kShared) {
       __syncwarp();
