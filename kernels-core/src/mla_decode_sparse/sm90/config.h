@@ -32,11 +32,6 @@ inline constexpr int kValueGroups = 2;
 inline constexpr int kValueThreads = kValueGroups * kWarpgroup;
 inline constexpr int kValueWarps = kValueGroups * kWarpgroupWarps;
 inline constexpr int kThreads = kValueThreads + 2 * kWarpgroup;
-// A kernel of 512 threads starts with 128 registers for each: what some get, others give.
-inline constexpr int kValueRegisters = 168;
-inline constexpr int kKeyRegisters = 128;
-inline constexpr int kLoadRegisters = 48;
-
 enum HardwareBarrier : int {  // __syncthreads is 0
   kKeysSync = 1,
   kValuesSync = 2,
@@ -52,6 +47,14 @@ struct Config {
   static constexpr bool kRopeInValues = kRope && Cfg::v.d_qk == kLatentDim;  // v4_fp8
   static constexpr bool kPageScales = kLayout.page_scale_bytes > 0;          // v4_fp8
   static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
+
+  // A kernel of 512 threads starts with 128 registers for each: what some get, others give. Keys
+  // need more where a token has many scales; then values have one product under way.
+  static constexpr bool kManyScales = kLayout.scale_tile < 128;
+  static constexpr int kValueRegisters = kManyScales ? 168 : 176;
+  static constexpr int kKeyRegisters = kManyScales ? 136 : 120;
+  static constexpr int kLoadRegisters = 40;
+  static_assert(2 * kValueRegisters + kKeyRegisters + kLoadRegisters <= 4 * 128);
 
   // A token lies in shared memory as it does in the cache, 2 or 6 modulo 8 times 16 bytes from the
   // next: with token_at(), eight lanes that read 16 bytes meet all banks, and so do sixteen that
@@ -113,9 +116,8 @@ struct alignas(1024) SharedStorage {
   uint8_t p[2][C::kRows * 128];  // [tile % 2]; P^T: a row of 64 keys for each query row
   alignas(128) uint8_t tokens[C::kStages][C::kStageBytes];
   // [tile % 2]: what a token's codes are multiplied with, over the power of two that P carries for
-  // it; and for RoPE.
+  // it.
   alignas(16) __half multiplier[2][C::kScales][kTileKeys];
-  float unit[2][C::kRopeInValues ? kTileKeys : 1];
   alignas(16) uint2 scales[C::kStages][C::kPageScales ? kTileKeys : 1];  // from the page's end
   uint32_t exists[C::kStages][kWarpgroupWarps];                          // bit i: token 16 w + i
 

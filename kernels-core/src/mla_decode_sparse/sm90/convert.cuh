@@ -141,7 +141,16 @@ __device__ __forceinline__ int rope_exponent(const uint4 (&rope)[2]) {
   return largest > 0.0f && largest < kInfinity ? floor_log2(largest) - 14 : kLeastExponent;
 }
 
-// Eight bf16 values, times 2^-e.
+// Eight bf16 values times 2^-e, as fp16.
+__device__ __forceinline__ void halves_of_rope(const uint4& rope, float unit, Columns& words) {
+  const uint32_t pairs[4] = {rope.x, rope.y, rope.z, rope.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 values = unpack<DType::kBFloat16>(pairs[i]);
+    words[i] = pack_out<DType::kFloat16>(values.x * unit, values.y * unit);
+  }
+}
+// And as bf16.
 __device__ __forceinline__ void rope_of(const uint4& rope, __nv_bfloat162 unit, Columns& words) {
   words[0] = times(rope.x, unit);
   words[1] = times(rope.y, unit);
@@ -190,12 +199,4 @@ __device__ __forceinline__ void value_columns_of_e2m1(uint32_t codes, __half2 mu
   first = times(__byte_perm(bytes, 0, 0x2404), multiplier);
   second = times(__byte_perm(bytes, 0, 0x3414), multiplier);
 }
-// And for bf16 pairs of two keys, times 2^-e of each.
-__device__ __forceinline__ void value_columns_of_bf16(uint32_t key_a, uint32_t key_b, float2 unit,
-                                                      uint32_t& first, uint32_t& second) {
-  const float2 a = unpack<DType::kBFloat16>(key_a), b = unpack<DType::kBFloat16>(key_b);
-  first = pack_out<DType::kFloat16>(a.x * unit.x, b.x * unit.y);
-  second = pack_out<DType::kFloat16>(a.y * unit.x, b.y * unit.y);
-}
-
 }  // namespace flash_mla::mla_decode_sparse::sm90

@@ -8,10 +8,10 @@
 // products read, once as K and once as V.
 //
 //   warps  registers  role
-//   0-3    168        values: P V of all tiles, columns 0-255 of O
-//   4-7    168        values: columns 256-511
-//   8-11   128        keys: queries; Q K^T and softmax of all tiles
-//   12-15  48         the CTA's items (warp 12); tokens by the copy engine
+//   0-3    176, 168   values: P V of all tiles, columns 0-255 of O
+//   4-7    176, 168   values: columns 256-511
+//   8-11   120, 136   keys: queries; Q K^T and softmax of all tiles
+//   12-15  40         the CTA's items (warp 12); tokens by the copy engine
 //
 // Shared memory: Q 16 to 72 KB, P 4 to 16 KB, three or four stages of tokens, 34 to 42 KB each.
 //
@@ -174,12 +174,17 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Gp
 
   const int warpgroup = uniform(thread / kWarpgroup);
   if (warpgroup == kValueGroups + 1) {
-    flash_mla::sm90::give_registers<kLoadRegisters>();
+    flash_mla::sm90::give_registers<C::kLoadRegisters>();
     load_role(p, smem, runs, team, member);
   } else if (warpgroup == kValueGroups) {
+    if constexpr (C::kKeyRegisters > 128) {
+      flash_mla::sm90::take_registers<C::kKeyRegisters>();
+    } else {
+      flash_mla::sm90::give_registers<C::kKeyRegisters>();
+    }
     keys_role(p, smem, member);
   } else {
-    flash_mla::sm90::take_registers<kValueRegisters>();
+    flash_mla::sm90::take_registers<C::kValueRegisters>();
     values_role(p, smem, warpgroup, member);
     // All tokens have been read: their stages are free for the merge.
     flash_mla::sm90::named_barrier_sync(kValuesSync, kValueThreads);

@@ -23,6 +23,7 @@ class Keys {
   // Products are issued in groups of two, of which one is under way while the next is converted.
   static constexpr int kGroupSteps = 2;
   static constexpr int kBlockGroups = kColumns / kDepth / kGroupSteps;
+  static constexpr int kAhead = 2;  // blocks whose codes are on their way
   static constexpr int kCodeBlocks = kBlocks - (C::kRopeInValues ? 1 : 0);
 
  public:
@@ -34,10 +35,12 @@ class Keys {
     const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
     for (int row = thread / 4; row < kN; row += kWarpgroup / 4) {
-      const float factor =
-          flash_mla::sm90::load_query_row<C::kQueryBlocks, C::kRope, C::kQueryBlocks>(
-              rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row)) : nullptr,
-              smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
+      const float factor = flash_mla::sm90::load_query_row < C::kQueryBlocks,
+                  C::kRope && !C::kRopeInValues,
+                  C::kQueryBlocks >
+                      (rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row))
+                                          : nullptr,
+                       smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
       if (thread % 4 == 0) smem_.rows[row] = {0.0f, factor};
     }
     if (thread == 0) smem_.started = false;
@@ -76,7 +79,7 @@ class Keys {
     const Place at;
     constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const uint32_t key = kWarpKeys * at.warp + token_at(at.g);  // and 8 on
-    const uint8_t* const token = smem_.tokens[stage] + key * kTokenBytes;
+    uint8_t* const token = smem_.tokens[stage] + key * kTokenBytes;
     constexpr int kNextToken = 8 * kTokenBytes;
     const auto scales_of = [&](int half) {
       if constexpr (C::kPageScales) {
@@ -97,13 +100,15 @@ class Keys {
       }
     }
     uint4 rope[2][2];
+    const auto rope_at = [&](int half, int i) {
+      return reinterpret_cast<uint4*>(token + half * kNextToken + C::kLayout.rope_offset_bytes +
+                                      (C::kRopeInValues ? at.t * 32 + i * 16 : at.t * 16 + i * 64));
+    };
     if constexpr (C::kRope) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* const row =
-            token + half * kNextToken + C::kLayout.rope_offset_bytes + at.t * 16;
-        rope[half][0] = *reinterpret_cast<const uint4*>(row);
-        rope[half][1] = *reinterpret_cast<const uint4*>(row + 64);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) rope[half][i] = *rope_at(half, i);
         if constexpr (C::kRopeInValues) {
           exponent_[half] = max(exponent_[half], rope_exponent(rope[half]));
         }
@@ -138,33 +143,41 @@ class Keys {
     using Half = std::integral_constant<DType, DType::kFloat16>;
     using Bf16 = std::integral_constant<DType, DType::kBFloat16>;
     // Codes of block c for both keys.
-    uint4 codes[2][2];
+    uint4 codes[kAhead + 1][2];
     const auto load = [&](int c) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint8_t* const row = token + half * kNextToken;
         if constexpr (kFp4) {
           const uint2 v = *reinterpret_cast<const uint2*>(row + c * 32 + at.t * 8);
-          codes[c % 2][half] = make_uint4(v.x, 0, v.y, 0);
+          codes[c % (kAhead + 1)][half] = make_uint4(v.x, 0, v.y, 0);
         } else {
-          codes[c % 2][half] = *reinterpret_cast<const uint4*>(row + c * 64 + at.t * 16);
+          codes[c % (kAhead + 1)][half] = *reinterpret_cast<const uint4*>(row + c * 64 + at.t * 16);
         }
       }
     };
-    load(0);
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c) load(c);
     if constexpr (C::kRope) {
 #pragma unroll
       for (int group = 0; group < kBlockGroups; ++group) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const __nv_bfloat162 unit = __float2bfloat162_rn(pow2(-exponent_[half]));
-          rope_of(rope[half][group], unit, columns[group][half]);
+          Columns& of = columns[group][half];
+          if constexpr (C::kRopeInValues) {
+            // In fp16, and so for values too, in its place.
+            halves_of_rope(rope[half][group], pow2(-exponent_[half]), of);
+            *rope_at(half, group) = make_uint4(of[0], of[1], of[2], of[3]);
+          } else {
+            rope_of(rope[half][group], __float2bfloat162_rn(pow2(-exponent_[half])), of);
+          }
         }
+        using Type = std::conditional_t<C::kRopeInValues, Half, Bf16>;
         constexpr int kOffset = (C::kQueryBlocks - 1) * C::kQueryBlockBytes;
         if (group == 0) {
-          multiply(Bf16(), First(), group, kOffset);
+          multiply(Type(), First(), group, kOffset);
         } else {
-          multiply(Bf16(), Later(), group, kOffset);
+          multiply(Type(), Later(), group, kOffset);
         }
       }
     }
@@ -178,7 +191,7 @@ class Keys {
         for (int half = 0; half < 2; ++half) {
           const __half2 multiplier =
               kFp4 ? scales_[half].fp4_multiplier(c) : scales_[half].multiplier(c, exponent_[half]);
-          const uint4& of = codes[c % 2][half];
+          const uint4& of = codes[c % (kAhead + 1)][half];
           const uint2 eight = group == 0 ? make_uint2(of.x, of.y) : make_uint2(of.z, of.w);
           if constexpr (kFp4) {
             halves_of_e2m1(eight.x, multiplier, columns[group][half]);
@@ -191,12 +204,10 @@ class Keys {
         } else {
           multiply(Half(), Later(), group, c * C::kQueryBlockBytes);
         }
-        if (group == 0 && c + 1 < kCodeBlocks) load(c + 1);
+        if (group == 0 && c + kAhead < kCodeBlocks) load(c + kAhead);
       }
     }
     arrive(smem_.kv_empty[stage]);  // what was read of it is in registers
-    flash_mla::sm90::wgmma_wait<0>();
-    flash_mla::sm90::pin(s_);
   }
 
   __device__ __forceinline__ void rescale_sums(const float (&factors)[kN]) {
@@ -212,6 +223,15 @@ class Keys {
   __device__ __forceinline__ void softmax(uint32_t tile) {
     const Place at;
     const uint32_t parity = tile % 2;
+    const bool first = !*static_cast<volatile bool*>(&smem_.started);
+    const float scale[2] = {pow2(exponent_[0]), pow2(exponent_[1])};
+    float4 rows[kN / 8];
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      rows[j] = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
+    }
+    flash_mla::sm90::wgmma_wait<0>();
+    flash_mla::sm90::pin(s_);
     if (!__all_sync(kAllLanes, exists_[0] & exists_[1])) {
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
@@ -219,16 +239,13 @@ class Keys {
       }
     }
     // Logits over the standing maxima. Does one exceed its row's by much?
-    const bool first = !*static_cast<volatile bool*>(&smem_.started);
-    const float scale[2] = {pow2(exponent_[0]), pow2(exponent_[1])};
     float high[2] = {-kInfinity, -kInfinity};
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float4 rows = *reinterpret_cast<const float4*>(&smem_.rows[8 * j + 2 * at.t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& s = s_[4 * j + i];
-        s = fmaf(s * scale[i / 2], i % 2 ? rows.w : rows.y, -(i % 2 ? rows.z : rows.x));
+        s = fmaf(s * scale[i / 2], i % 2 ? rows[j].w : rows[j].y, -(i % 2 ? rows[j].z : rows[j].x));
         high[i / 2] = fmaxf(high[i / 2], s);
       }
     }
@@ -252,9 +269,6 @@ class Keys {
     for (int half = 0; half < 2; ++half) {
       const int place = kWarpKeys * at.warp + at.g + 8 * half;
       scales_[half].write(smem_.multiplier[parity], place, at.t, exponent_[half], fp4_);
-      if constexpr (C::kRopeInValues) {
-        if (at.t == 0) smem_.unit[parity][place] = pow2(-exponent_[half]);
-      }
     }
     flash_mla::sm90::fence_async_proxy();
     arrive(smem_.p_full[parity]);

@@ -71,7 +71,7 @@ class Values {
   template <Codes kCodes>
   __device__ __forceinline__ void multiply(uint32_t parity, uint32_t stage) {
     constexpr bool kFp4 = kCodes == Codes::kE2m1;
-    constexpr int kFlights = kN == 64 && (C::kFp4Extra || C::kRopeInValues) ? 1 : 2;
+    constexpr int kFlights = kN == 64 && C::kManyScales ? 1 : 2;
     constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const Place at;
     const bool rope = kCodes == Codes::kE4m3AndRope && at.warp == kWarpgroupWarps - 1;
@@ -88,7 +88,9 @@ class Values {
         smem_.multiplier[parity][rope ? 0 : column / kTile] + 2 * at.t;
     const Operand p(smem_.p[parity], flash_mla::sm90::kKMajorLeading);
 
-    uint2 codes[2][2];
+    // Of a step's keys, by half and key of a pair: eight codes, or RoPE in fp16.
+    using Eight = std::conditional_t<kCodes == Codes::kE4m3AndRope, uint4, uint2>;
+    Eight codes[2][2];
     __half2 multipliers[2];
     const auto load = [&](int step) {
 #pragma unroll
@@ -97,11 +99,20 @@ class Values {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint8_t* const from = v[i] + first * kTokenBytes;
-          uint2& to = codes[half][i];
+          Eight& to = codes[half][i];
           if constexpr (kFp4) {
             to.x = *reinterpret_cast<const uint32_t*>(from);
           } else {
-            to = *reinterpret_cast<const uint2*>(from);
+            const uint2 two = *reinterpret_cast<const uint2*>(from);
+            to.x = two.x;
+            to.y = two.y;
+          }
+          if constexpr (kCodes == Codes::kE4m3AndRope) {
+            if (rope) {
+              const uint2 two = *reinterpret_cast<const uint2*>(from + 8);
+              to.z = two.x;
+              to.w = two.y;
+            }
           }
         }
         multipliers[half] = *reinterpret_cast<const __half2*>(multipliers_at + first);
@@ -134,15 +145,10 @@ class Values {
             }
             if constexpr (kCodes == Codes::kE4m3AndRope) {
               if (rope) {
-                const int place = 16 * step + 8 * half;
-                const auto pair = [&](int k) {
-                  return *reinterpret_cast<const uint32_t*>(v[k] + place * kTokenBytes +
-                                                            4 * product);
-                };
-                value_columns_of_bf16(
-                    pair(0), pair(1),
-                    *reinterpret_cast<const float2*>(&smem_.unit[parity][place + 2 * at.t]), low,
-                    high);
+                const uint32_t first = word(codes[half][0], product);
+                const uint32_t second = word(codes[half][1], product);
+                low = __byte_perm(first, second, 0x5410);
+                high = __byte_perm(first, second, 0x7632);
               }
             }
           }
@@ -155,6 +161,9 @@ class Values {
         flash_mla::sm90::wgmma_commit();
       }
     }
+  }
+  static __device__ __forceinline__ uint32_t word(const uint4& of, int i) {
+    return i == 0 ? of.x : i == 1 ? of.y : i == 2 ? of.z : of.w;
   }
   __device__ __forceinline__ int32_t first_column(const Place& at) const {
     return 256 * wg_ + 64 * at.warp + 8 * at.g;
