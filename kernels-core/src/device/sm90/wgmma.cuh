@@ -33,7 +33,7 @@ struct Operand {
 
   __device__ __forceinline__ uint64_t at(uint32_t offset_bytes) const {
     constexpr uint32_t kHigh = 1024 >> 4 | 1u << 30;  // stride; swizzle
-    return uint64_t{kHigh} << 32 | (low + (offset_bytes >> 4));
+    return (uint64_t{kHigh} << 32 | low) + (offset_bytes >> 4);
   }
 };
 inline constexpr uint32_t kKMajorLeading = 16;

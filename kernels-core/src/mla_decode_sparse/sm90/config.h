@@ -48,12 +48,11 @@ struct Config {
   static constexpr bool kPageScales = kLayout.page_scale_bytes > 0;          // v4_fp8
   static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
 
-  // A kernel of 512 threads starts with 128 registers for each: what some get, others give. Keys
-  // need more where a token has many scales; then values have one product under way.
+  // A kernel of 512 threads starts with 128 registers for each: what some get, others give.
   static constexpr bool kManyScales = kLayout.scale_tile < 128;
-  static constexpr int kValueRegisters = kManyScales ? 168 : 176;
-  static constexpr int kKeyRegisters = kManyScales ? 136 : 120;
-  static constexpr int kLoadRegisters = 40;
+  static constexpr int kValueRegisters = kFp4Extra ? 168 : 176;
+  static constexpr int kKeyRegisters = kFp4Extra ? 136 : kRopeInValues ? 128 : 120;
+  static constexpr int kLoadRegisters = kRopeInValues ? 32 : 40;
   static_assert(2 * kValueRegisters + kKeyRegisters + kLoadRegisters <= 4 * 128);
 
   // A token lies in shared memory as it does in the cache, 2 or 6 modulo 8 times 16 bytes from the

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Gp
   } else if (warpgroup == kValueGroups) {
     if constexpr (C::kKeyRegisters > 128) {
       flash_mla::sm90::take_registers<C::kKeyRegisters>();
-    } else {
+    } else if constexpr (C::kKeyRegisters < 128) {
       flash_mla::sm90::give_registers<C::kKeyRegisters>();
     }
     keys_role(p, smem, member);

@@ -56,13 +56,13 @@ class Keys {
     for (float& sum : sums_) sum = 0.0f;
 #pragma unroll 1
     for (uint32_t tile = first; tile < first + tiles; ++tile) {
-      const uint32_t stage = tile % C::kStages;
-      flash_mla::sm90::wait(smem_.kv_full[stage], tile / C::kStages & 1);
+      flash_mla::sm90::wait(smem_.kv_full[ring_.stage], ring_.phase);
       if (C::kFp4Extra && tile >= fp4_from) {
-        query_keys<true>(stage);
+        query_keys<true>(ring_.stage);
       } else {
-        query_keys<false>(stage);
+        query_keys<false>(ring_.stage);
       }
+      ring_.advance();
       softmax(tile);
     }
     publish_sums(slot);
@@ -88,10 +88,12 @@ class Keys {
         return token + half * kNextToken + C::kLayout.scales_offset_bytes;
       }
     };
+    const uint32_t exists = smem_.exists[stage][at.warp];
+    all_exist_ = exists == (1u << kWarpKeys) - 1;
+    exists_ = exists >> token_at(at.g);
     fp4_ = kFp4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      exists_[half] = smem_.exists[stage][at.warp] >> (8 * half + token_at(at.g)) & 1;
       if constexpr (kFp4) {
         scales_[half].load_fp4(token + half * kNextToken, at.t);
         exponent_[half] = 0;
@@ -232,10 +234,10 @@ class Keys {
     }
     flash_mla::sm90::wgmma_wait<0>();
     flash_mla::sm90::pin(s_);
-    if (!__all_sync(kAllLanes, exists_[0] & exists_[1])) {
+    if (!all_exist_) {
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
-        if (exists_[i / 2 % 2] == 0) s_[i] = -kInfinity;
+        if ((exists_ >> i / 2 % 2 * 8 & 1) == 0) s_[i] = -kInfinity;
       }
     }
     // Logits over the standing maxima. Does one exceed its row's by much?
@@ -256,10 +258,7 @@ class Keys {
     if (threadIdx.x % kWarpgroup == 0) smem_.grown[parity] = grown;
 
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) {
-      s_[i] = flash_mla::sm90::fast_exp2(s_[i]);
-      sums_[i / 4 * 2 + i % 2] += s_[i];
-    }
+    for (float& s : s_) s = flash_mla::sm90::fast_exp2(s);
     const __half2 carried[2] = {__float2half2_rn(scale[0]), __float2half2_rn(scale[1])};
     flash_mla::sm90::store_p<kN>(at, smem_.p[parity], [&](int i) {
       return times(flash_mla::sm90::pack<DType::kFloat16>(s_[2 * i], s_[2 * i + 1]),
@@ -270,6 +269,9 @@ class Keys {
       const int place = kWarpKeys * at.warp + at.g + 8 * half;
       scales_[half].write(smem_.multiplier[parity], place, at.t, exponent_[half], fp4_);
     }
+    // While what was stored arrives.
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) sums_[i / 4 * 2 + i % 2] += s_[i];
     flash_mla::sm90::fence_async_proxy();
     arrive(smem_.p_full[parity]);
   }
@@ -345,10 +347,12 @@ class Keys {
   }
 
   SharedStorage<Cfg>& smem_;
-  float s_[kN / 2];     // logits: [4 j + 2 half + e] for row 8 j + 2 t + e
-  float sums_[kN / 4];  // [2 j + e]: of this thread's keys of the item
-  int exponent_[2];     // that P of this thread's keys carries
-  uint32_t exists_[2];  // whether these keys do
+  Ring<C::kStages> ring_;  // of the next tile
+  float s_[kN / 2];        // logits: [4 j + 2 half + e] for row 8 j + 2 t + e
+  float sums_[kN / 4];     // [2 j + e]: of this thread's keys of the item
+  int exponent_[2];        // that P of this thread's keys carries
+  uint32_t exists_;        // bits 0 and 8: these keys do
+  bool all_exist_;         // the warp's
   TokenScales<Cfg> scales_[2];
   bool fp4_;  // the tile holds e2m1
 };

@@ -44,8 +44,9 @@ class Values {
 
   // `tile`: counted over all items.
   __device__ __forceinline__ void add(uint32_t tile, bool fp4) {
-    const uint32_t parity = tile % 2, stage = tile % C::kStages;
-    flash_mla::sm90::wait(smem_.kv_full[stage], tile / C::kStages & 1);
+    const uint32_t parity = tile % 2, stage = ring_.stage;
+    flash_mla::sm90::wait(smem_.kv_full[stage], ring_.phase);
+    ring_.advance();
     flash_mla::sm90::wait(smem_.p_full[parity], tile / 2 % 2);
     if (uniform(*static_cast<volatile uint32_t*>(&smem_.grown[parity])) != 0) {
       rescale(smem_.row_factor[parity]);
@@ -194,7 +195,8 @@ class Values {
 
   SharedStorage<Cfg>& smem_;
   const int wg_;
-  int32_t offset_[2];  // of the thread's first column of its keys of eight, in a stage
+  Ring<C::kStages> ring_;  // of the next tile
+  int32_t offset_[2];      // of the thread's first column of its keys of eight, in a stage
 };
 
 }  // namespace flash_mla::mla_decode_sparse::sm90
