@@ -11,3 +11,8 @@ set(CMAKE_CUDA_HOST_COMPILER ${flash_mla_cross_compiler})
 
 set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+
+find_program(flash_mla_emulator qemu-aarch64)  # runs tests
+if(flash_mla_emulator)
+  set(CMAKE_CROSSCOMPILING_EMULATOR ${flash_mla_emulator} -L /usr/aarch64-linux-gnu)
+endif()
