@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ OLDEST_TORCH = "2.10"
 PYTHON_API = nox.project.load_toml(ROOT / "python-api/pyproject.toml")
 BUILD_TOOLS = ["scikit-build-core>=1.0", "cmake>=3.26", "ninja>=1.11"]
 TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
+CONDA_TOOLS = nox.project.dependency_groups(PYTHON_API, "conda")
 LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
 DEMO_REQUIREMENTS = ROOT / "python-api/examples/requirements.txt"
 
@@ -119,19 +121,34 @@ def cuda_compile(session: nox.Session) -> None:
     dev.run("python", "ci/compile_budget.py", "check", "build/ci-cuda")
 
 
-class Dev:
-    """The environment that the sessions share: torch, tools, and both packages once installed."""
+@nox.session
+def conda(session: nox.Session) -> None:
+    """Build the conda packages into a local channel, install from it, and link a program there."""
+    dev = Dev(session)  # the compilers' companions, and a Python with torch
+    session.install(*CONDA_TOOLS)
+    session.run("python", "ci/conda.py", "build/conda", str(dev.python), env=dev.env)
+    dev.run_consumer(f"{ROOT}/build/conda/prefix", ROOT / "build/conda/consumer")
 
-    def __init__(self, session: nox.Session) -> None:
+
+class Dev:
+    """An environment with torch, tools, and both packages once installed: by default the one that
+    the sessions share."""
+
+    def __init__(
+        self,
+        session: nox.Session,
+        folder: Path | None = None,
+        tools: Sequence[str] = (*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)),
+    ) -> None:
         self.session = session
         version = "{}.{}".format(*sys.version_info)
-        self.folder = ROOT / f".nox/dev-{version}"
+        self.folder = folder or ROOT / f".nox/dev-{version}"
         self.python = self.folder / "bin/python"
         if not self.python.exists():
             session.run(sys.executable, "-m", "virtualenv", str(self.folder), external=True)
 
         path = [str(self.folder / "bin"), os.environ["PATH"]]
-        requirements = [[*BUILD_TOOLS, *TEST_TOOLS, "-r", str(DEMO_REQUIREMENTS)]]
+        requirements = [list(tools)]
         torch = find_torch()
         if torch:
             session.log(f"using torch {torch.version} of {torch.interpreter}")
@@ -164,6 +181,21 @@ class Dev:
         """Configure build/<preset>, also where an earlier environment did, with its own Ninja."""
         ninja = f"-DCMAKE_MAKE_PROGRAM={self.which('ninja')}"
         self.run("cmake", "-S", "kernels-core", "--preset", preset, ninja, *args)
+
+    def core_prefix(self) -> str:
+        """Where find_package finds the installed wheel of the core."""
+        argv = [self.which("python"), "-m", "libflash_mla"]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+    def run_consumer(self, prefix: str, build: Path) -> None:
+        """Build the C++ engine's project against an installation of the core, and run it."""
+        source = ROOT / "kernels-core/tests/consumer"
+        self.run(
+            *("cmake", "--fresh", "-G", "Ninja", "-S", str(source), "-B", str(build)),
+            *(f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release"),
+        )
+        self.run("cmake", "--build", str(build))
+        self.run("ctest", "--test-dir", str(build), "--output-on-failure")
 
     def install_flash_mla(self) -> None:
         """Build and install libflash-mla and flash-mla, as far as their sources have changed."""

@@ -17,6 +17,9 @@ def main() -> int:
     wrong = []
     if f'"libflash-mla~={minor}.0"' not in pyproject:
         wrong.append(f"python-api/pyproject.toml: build-system.requires: libflash-mla~={minor}.0")
+    for recipe in sorted((ROOT / "recipes").glob("*/recipe.yaml")):
+        if not re.search(rf'^  version: "{re.escape(version)}"', recipe.read_text(), re.M):
+            wrong.append(f'{recipe.relative_to(ROOT)}: version: "{version}"')
     if not re.search(rf"^## .*{re.escape(version)}", (ROOT / "CHANGELOG.md").read_text(), re.M):
         wrong.append(f"CHANGELOG.md: a heading for {version}")
     for line in wrong:
