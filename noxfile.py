@@ -112,6 +112,14 @@ def headers(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Compare the README's support matrix with the variants that CMake knows; --fix rewrites it."""
+    dev = Dev(session)
+    dev.configure("cpu")
+    dev.run("python", "ci/support_matrix.py", "build/cpu", *session.posargs)
+
+
+@nox.session(venv_backend="none")
 def cuda_compile(session: nox.Session) -> None:
     """Compile the CUDA kernels for a few architectures, within a budget of CPU time."""
     dev = Dev(session)

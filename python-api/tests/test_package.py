@@ -16,6 +16,7 @@ import pytest
 import flash_mla
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+IN_REPOSITORY = (README.parent / "kernels-core").exists()  # some runners have the tests alone
 
 DECODE = """
 import torch, flash_mla
@@ -158,3 +159,23 @@ def test_the_readmes_example_runs() -> None:
     exec(code.group(1), names)
     assert names["out"].shape == (2, 1, 16, 512)
     assert names["out"].isfinite().all()
+
+
+@pytest.mark.skipif(not IN_REPOSITORY, reason="the tests run without the repository")
+def test_the_readmes_messages_are_those_of_the_sources() -> None:
+    folders = ("kernels-core/src", "kernels-core/cmake", "python-api/src", "python-api/csrc")
+    files = (path for name in folders for path in (README.parent / name).rglob("*.*"))
+    text = "".join(path.read_text() for path in files if path.suffix != ".pyc" and path.is_file())
+    text = re.sub(r'"\s*f?"', "", text)  # literals that go on in the next line
+    section = README.read_text().partition("## Troubleshooting")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert len(rows) > 5
+    for row in rows:
+        for part in re.findall("[^`…]+", row.replace("`, `", "…")):
+            assert part.strip() in text or row.endswith(("(pip)", "(CMake)")), row
+
+
+@pytest.mark.skipif(not IN_REPOSITORY, reason="the tests run without the repository")
+def test_the_readmes_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
+        assert (README.parent / link).exists(), link
