@@ -78,14 +78,23 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, types and versions."""
+    """Check style, formatting, types, versions and workflows."""
     dev = Dev(session)  # mypy reads torch's types there
     session.install(*LINT_TOOLS)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("bash", "ci/clang_format.sh", external=True)
     session.run("python", "ci/check_versions.py")
+    workflows = [str(path) for path in sorted(ROOT.glob(".github/workflows/*.yml"))]
+    session.run("check-jsonschema", "--builtin-schema=vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", *workflows)
     session.run("mypy", f"--python-executable={dev.python}")
+
+
+@nox.session(venv_backend="none")
+def check_release(session: nox.Session) -> None:
+    """Fail unless the sources are those of the tag given, v1.2.3."""
+    session.run(sys.executable, "ci/check_versions.py", *session.posargs, external=True)
 
 
 @nox.session(name="format")
