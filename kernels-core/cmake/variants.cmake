@@ -3,9 +3,11 @@
 #   flash_mla_variants(ROW cpu)                         the room's cpu.cc defines variant_cpu
 #   flash_mla_variants(ROW sm90 KV bf16 fp16 D_QK 576)  one kernel per combination of the axes
 #   flash_mla_variant_table()                           closes the room: writes <room>/variants.h
+#   flash_mla_list_variants()                           closes all: writes variants.txt
 #
 # The order of the calls, and of the values in them, is the order of preference. Each combination
-# becomes a .cu file that instantiates the row's launch.cuh for a Cfg, in the build tree.
+# becomes a .cu file that instantiates the row's launch.cuh for a Cfg, in the build tree. The CPU's one
+# variant serves what any other of its room does, and the axes that its own call names.
 
 set(flash_mla_axes KV Q D_QK TILE_M)
 
@@ -46,6 +48,8 @@ endfunction()
 function(flash_mla_variants)
   cmake_parse_arguments(PARSE_ARGV 0 arg "" "ROW" "${flash_mla_axes}")
   flash_mla_room(ROOM NAMESPACE)
+  list(JOIN ARGV " " arguments)
+  set_property(GLOBAL APPEND PROPERTY flash_mla_calls "${ROOM} ${arguments}")
   set(names "")
   if(arg_ROW STREQUAL cpu)
     target_sources(flash_mla_host PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cpu.cc)
@@ -91,4 +95,11 @@ function(flash_mla_variant_table)
   endforeach()
   configure_file(${PROJECT_SOURCE_DIR}/cmake/variants.h.in
                  ${PROJECT_BINARY_DIR}/generated/${ROOM}/variants.h @ONLY)
+endfunction()
+
+# One line per call of flash_mla_variants, whatever this build compiles: for ci/support_matrix.py.
+function(flash_mla_list_variants)
+  get_property(calls GLOBAL PROPERTY flash_mla_calls)
+  list(JOIN calls "\n" lines)
+  file(WRITE ${PROJECT_BINARY_DIR}/generated/variants.txt "${lines}\n")
 endfunction()

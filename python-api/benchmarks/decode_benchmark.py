@@ -3,8 +3,8 @@
 A bar is what a case must reach, an aim what we hope for: a fraction of G (the bf16 GEMM) or of R
 (reading memory), microseconds plain or by graph replay, or a ratio to another case. Fractions in
 the last table are of the whole run's median ceilings, the earlier ones of those so far. A wrong
-result, a missed bar or a kernel of another row than the case's makes the exit status 1. A complete
-run writes results/<gpu>/<operator>.json and .png.
+result, a kernel of another row than the case's, and on an H200 a missed bar make the exit status 1.
+A complete run writes results/<gpu>/<operator>.json and .png.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from measure import (
     SmClock,
     Table,
     argument_parser,
+    bars_bind,
     cell,
     chosen_cases,
     environment,
@@ -428,4 +429,5 @@ def run(benchmark: Benchmark) -> int:
         print("wrote", path)
         print(draw(path, benchmark.title))
     print_verdicts(verdicts)
-    return 1 if any(verdict.passed is False for verdict in verdicts) else 0
+    failed = [v for v in verdicts if v.passed is False and (v.failure == "WRONG" or bars_bind())]
+    return 1 if failed else 0

@@ -40,6 +40,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("flash_mla")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    names = [b.name for b in BACKENDS]
+    text = "run tests of these backends only, and fail where one cannot run; may be repeated"
+    parser.addoption("--backend", action="append", choices=names, help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("backend")
+    if not wanted:
+        return
+    missing = [f"{b.name}: {b.skip_reason}" for b in BACKENDS if b.name in wanted and b.skip_reason]
+    if missing:
+        raise pytest.UsageError(f"--backend={', '.join(missing)}")
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        (others if backend and backend.name not in wanted else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=others)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # One number repeats a whole run, hypothesis included, unless the user gave it its own.

@@ -1,7 +1,8 @@
 """Attention kernels for models with Multi-head Latent Attention (MLA)."""
 
 from flash_mla import reference
-from flash_mla.config import __version__, show_config
+from flash_mla._ops import __version__
+from flash_mla.config import show_config
 from flash_mla.decode import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.kv_cache import (
     KvFormat,

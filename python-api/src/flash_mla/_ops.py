@@ -7,6 +7,7 @@ makes one call, through `call` where a fraction of a microsecond does not matter
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,47 @@ from torch import Tensor
 _NOT_IMPLEMENTED = "[NotImplementedError] "
 
 
-def _load() -> None:
+def _distribution_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+__version__ = _distribution_version("flash-mla")
+
+
+def _refuse_core(found: str, why: str = "") -> ImportError:
+    return ImportError(
+        f"flash_mla {__version__} needs libflash-mla of the same minor version, found {found}{why}"
+        f"; pip install 'libflash-mla=={__version__}', or conda install libflash-mla={__version__}"
+    )
+
+
+def _load() -> dict[str, str]:
+    """Loads the library, and returns what it and the core in it say of their build.
+
+    The core must be of this package's minor version: its ABI may change with the next.
+    """
     library = Path(__file__).parent / "libflash_mla_torch.so"
     if not library.exists():
         raise ImportError(
             f"flash_mla: {library} is missing; install the package (`pip install ./python-api`) "
             "instead of importing its source folder"
         )
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # no core, or one without symbols that this library needs
+        why = f" ({error.__cause__ or error})"
+        raise _refuse_core(_distribution_version("libflash-mla"), why) from error
+    lines = (line.partition("=") for line in torch.ops.flash_mla.build_info())
+    info = {key: value for key, _, value in lines if key != "kv_format"}
+    if __version__ != "unknown" and info["version"].split(".")[:2] != __version__.split(".")[:2]:
+        raise _refuse_core(info["version"])
+    return info
 
 
-_load()
+build_info = _load()
 ops = torch.ops.flash_mla
 
 

@@ -4,39 +4,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from flash_mla._ops import ops
-
-
-def _package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
-
-
-__version__ = _package_version("flash-mla")
-
-
-def _build_info() -> dict[str, str]:
-    lines = (line.partition("=") for line in ops.build_info())
-    return {key: value for key, _, value in lines if key != "kv_format"}
-
-
-def _check_core_version() -> None:
-    """The core must be of this package's minor version: its ABI may change with the next."""
-    core = _build_info()["version"]
-    if __version__ != "unknown" and core.split(".")[:2] != __version__.split(".")[:2]:
-        raise ImportError(
-            f"flash_mla {__version__} needs libflash-mla of the same minor version, found {core}; "
-            f"pip install 'libflash-mla=={__version__}'"
-        )
-
-
-_check_core_version()
+from flash_mla._ops import __version__, build_info, ops
 
 
 @dataclass(frozen=True)
@@ -63,16 +34,15 @@ def serves(operator: str, device: torch.device | str) -> bool:
 
 def config_text() -> str:
     """The text that `show_config` prints."""
-    info = _build_info()
     devices: list[torch.device] = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     lines = [
         f"flash_mla           {__version__}",
-        f"libflash_mla        {info['version']}",
+        f"libflash_mla        {build_info['version']}",
         f"torch               {torch.__version__}",
         f"python              {platform.python_version()} {platform.machine()}",
-        f"CUDA architectures  {info['cuda_architectures'].replace(';', ' ') or 'none'}",
-        f"CPU instructions    {info['cpu_isa']}, {torch.get_num_threads()} threads",
+        f"CUDA architectures  {build_info['cuda_architectures'].replace(';', ' ') or 'none'}",
+        f"CPU instructions    {build_info['cpu_isa']}, {torch.get_num_threads()} threads",
     ]
     for device in devices:
         name = "" if device.type == "cpu" else f" ({torch.cuda.get_device_name(device)})"
