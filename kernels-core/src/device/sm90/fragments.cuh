@@ -24,14 +24,6 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t smem, const u
                : "memory");
 }
 
-// The first two of them: lanes 0 to 15 address the rows.
-__device__ __forceinline__ void store_two_matrices_transposed(uint32_t smem, uint32_t first,
-                                                              uint32_t second) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem),
-               "r"(first), "r"(second)
-               : "memory");
-}
-
 // An 8x8 matrix of 16-bit values, transposed: lane i has values 2 (i % 4) and one on of row i / 4.
 __device__ __forceinline__ uint32_t transpose(uint32_t matrix) {
   uint32_t transposed;

@@ -54,19 +54,6 @@ __device__ __forceinline__ bool try_wait(const Barrier& barrier, uint32_t parity
   return done != 0;
 }
 
-// The same without suspending the thread for a while.
-__device__ __forceinline__ bool test(const Barrier& barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(smem_address(&barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // Until the phase of this parity has completed. FLASH_MLA_BOUNDED_WAITS, for debugging, goes on
 // after a second, with wrong results in place of a hang. (No trap: ptxas drops setmaxnreg from a
 // kernel that can exit in the middle, and spills.)

@@ -27,7 +27,7 @@ template <int kRows>
 inline constexpr int kRowSums = kRows < 32 ? 1 : kRows / 32;
 template <int kRows>
 __device__ __forceinline__ int sum_row(const Place& at, int i) {
-  const int value = kRows == 64 ? 2 * at.g + i : at.g * kRows / 32;
+  const int value = kRows == 64 ? 2 * at.g + i : kRows == 32 ? at.g : at.g / 2;
   return value / 2 * 8 + 2 * at.t + value % 2;
 }
 
@@ -71,16 +71,12 @@ __device__ __forceinline__ void store_p(const Place& at, uint8_t* p, const Words
   // A matrix is eight rows of P^T and eight of the warp's keys; lane i addresses row i % 8.
   const uint32_t to = smem_address(p) + (at.lane / 16 * 8 + at.lane % 8) * 128 +
                       (((2 * at.warp + at.lane / 8 % 2) ^ at.lane % 8) << 4);
-  if constexpr (kRows == 8) {
-    store_two_matrices_transposed(to, words(0), words(1));
-  } else {
 #pragma unroll
-    for (int j = 0; j < kRows / 8; j += 2) {
-      uint32_t matrices[4];
+  for (int j = 0; j < kRows / 8; j += 2) {
+    uint32_t matrices[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) matrices[i] = words(2 * j + i);
-      store_matrices_transposed(to + j * (8 * 128), matrices);
-    }
+    for (int i = 0; i < 4; ++i) matrices[i] = words(2 * j + i);
+    store_matrices_transposed(to + j * (8 * 128), matrices);
   }
 }
 
