@@ -50,9 +50,9 @@ struct Config {
 
   // A kernel of 512 threads starts with 128 registers for each: what some get, others give.
   static constexpr bool kManyScales = kLayout.scale_tile < 128;
-  static constexpr int kValueRegisters = kFp4Extra ? 168 : 176;
-  static constexpr int kKeyRegisters = kFp4Extra ? 136 : kRopeInValues ? 128 : 120;
-  static constexpr int kLoadRegisters = kRopeInValues ? 32 : 40;
+  static constexpr int kValueRegisters = kRows < 64 ? 152 : kFp4Extra ? 168 : 176;
+  static constexpr int kKeyRegisters = kRows < 64 ? 144 : kFp4Extra ? 136 : 120;
+  static constexpr int kLoadRegisters = kRows < 64 ? 56 : 40;
   static_assert(2 * kValueRegisters + kKeyRegisters + kLoadRegisters <= 4 * 128);
 
   // A token lies in shared memory as it does in the cache, 2 or 6 modulo 8 times 16 bytes from the

@@ -7,11 +7,11 @@
 // time. The products are transposed, so that codes are converted to fp16 in the registers that the
 // products read, once as K and once as V.
 //
-//   warps  registers  role
+//   warps  registers  role (64 rows; with fewer 152, 144, 56)
 //   0-3    176, 168   values: P V of all tiles, columns 0-255 of O
 //   4-7    176, 168   values: columns 256-511
 //   8-11   120, 136   keys: queries; Q K^T and softmax of all tiles
-//   12-15  40, 32     the CTA's items (warp 12); tokens by the copy engine
+//   12-15  40         the CTA's items (warp 12); tokens by the copy engine
 //
 // Shared memory: Q 16 to 72 KB, P 4 to 16 KB, three or four stages of tokens, 34 to 42 KB each.
 //

@@ -44,16 +44,20 @@ class TokenLoader {
     const bool fp4 = C::kFp4Extra && kv.format == KvFormat::kV41Fp4;
     const int32_t token = first + at.warp * kWarpKeys + at.lane;
     const int32_t* from = entries + token * set.indices_stride_k;
-    // The lane's, -1 past the last one.
     int32_t left = at.lane < kWarpKeys ? num_tokens - token : 0;
-    const auto fetch = [&] { return left > 0 ? __ldg(from) : -1; };
-    int32_t entry = fetch();
-#pragma unroll 1
-    for (int32_t tile = 0; tile < tiles; ++tile) {
-      load_tile(kv, pages, static_cast<uint32_t>(entry), num_slots, fp4);
+    // The lane's of the next tile, -1 past the last one.
+    const auto fetch = [&] {
+      const int32_t entry = left > 0 ? __ldg(from) : -1;
       from += kTileKeys * set.indices_stride_k;
       left -= kTileKeys;
-      entry = fetch();
+      return static_cast<uint32_t>(entry);
+    };
+    uint32_t next = fetch();
+#pragma unroll 1
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      const uint32_t now = next;
+      next = fetch();  // it comes while this one is loaded
+      load_tile(kv, pages, now, num_slots, fp4);
     }
   }
 
