@@ -293,10 +293,13 @@ def gpu_sanitize(session: nox.Session) -> None:
         gpu.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         operators = ("mla_decode_dense", "mla_decode_sparse", "merge_attn_states", "kv_cache")
         tests = [f"python-api/tests/test_{name}.py" for name in operators]
-        for tool in ("memcheck", "racecheck", "synccheck"):
+        # racecheck does not see that one lane's arrival at a barrier, after __syncwarp, speaks for
+        # its warp, as it does everywhere in the kernels for Hopper.
+        kernels = {"memcheck": "flash_mla", "synccheck": "flash_mla", "racecheck": "portable"}
+        for tool, name in kernels.items():
             gpu.run(
                 *("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"),
-                *("--target-processes=application-only", "--kernel-name=kns=flash_mla"),
+                *("--target-processes=application-only", f"--kernel-name=kns={name}"),
                 *(str(gpu.python), "-m", "pytest", *gpu.backends, *tests, *gpu.args),
             )
 

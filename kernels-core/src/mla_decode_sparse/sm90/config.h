@@ -32,6 +32,7 @@ inline constexpr int kValueGroups = 2;
 inline constexpr int kValueThreads = kValueGroups * kWarpgroup;
 inline constexpr int kValueWarps = kValueGroups * kWarpgroupWarps;
 inline constexpr int kThreads = kValueThreads + 2 * kWarpgroup;
+
 enum HardwareBarrier : int {  // __syncthreads is 0
   kKeysSync = 1,
   kValuesSync = 2,
@@ -49,7 +50,6 @@ struct Config {
   static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
 
   // A kernel of 512 threads starts with 128 registers for each: what some get, others give.
-  static constexpr bool kManyScales = kLayout.scale_tile < 128;
   static constexpr int kValueRegisters = kRows < 64 ? 152 : kFp4Extra ? 168 : 176;
   static constexpr int kKeyRegisters = kRows < 64 ? 144 : kFp4Extra ? 136 : 120;
   static constexpr int kLoadRegisters = kRows < 64 ? 56 : 40;
@@ -67,6 +67,8 @@ struct Config {
   // Scales of a token, as fp16 multipliers for values.
   static constexpr int kScales = kFp4Extra ? 32 : kLayout.d_nope / kLayout.scale_tile;
 
+  // Beside queries, P and tokens: barriers, rows, items and the plan; multipliers; the page's
+  // scales.
   static constexpr int kOtherBytes =
       3584 + 2 * kScales * kTileKeys * 2 + (kPageScales ? 4 * kTileKeys * 8 + 512 : 0);
   static constexpr int kMaxStages =

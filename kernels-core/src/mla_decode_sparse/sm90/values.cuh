@@ -72,7 +72,7 @@ class Values {
   template <Codes kCodes>
   __device__ __forceinline__ void multiply(uint32_t parity, uint32_t stage) {
     constexpr bool kFp4 = kCodes == Codes::kE2m1;
-    constexpr int kFlights = kN == 64 && C::kManyScales ? 1 : 2;
+    constexpr int kFlights = kN == 64 && (C::kRopeInValues || C::kFp4Extra) ? 1 : 2;
     constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const Place at;
     const bool rope = kCodes == Codes::kE4m3AndRope && at.warp == kWarpgroupWarps - 1;
