@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "device/warp.cuh"
+
 namespace flash_mla::sm90 {
 
 using Barrier = uint64_t;
@@ -24,6 +26,13 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 __device__ __forceinline__ void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+
+// One arrival for the warp, whose lanes have all come this far.
+__device__ __forceinline__ void arrive_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % kLanes == 0) arrive(barrier);
+  __syncwarp();
 }
 
 // Announces bytes of copies that will complete on the barrier's phase.

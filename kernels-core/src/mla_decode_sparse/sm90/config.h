@@ -26,6 +26,7 @@ inline constexpr int kDepth = 16;    // K of a wgmma
 inline constexpr int kColumns = 64;  // of a block of Q: 128 bytes
 inline constexpr int kBlocks = kLatentDim / kColumns;
 inline constexpr int kWarpKeys = kTileKeys / kWarpgroupWarps;
+inline constexpr uint32_t kAllWarpKeys = (1u << kWarpKeys) - 1;
 
 // Two warpgroups of values, one of keys, one that loads.
 inline constexpr int kValueGroups = 2;
@@ -109,6 +110,12 @@ struct ItemSlot {
   const int32_t* entries[2];
   bool fp4;  // the extra cache holds e2m1
 };
+
+// The first of an item's tiles, which are `tiles`, hold e4m3; the others e2m1.
+template <class Cfg>
+__device__ __forceinline__ int32_t e4m3_tiles(const volatile ItemSlot& slot, int32_t tiles) {
+  return Config<Cfg>::kFp4Extra && slot.fp4 ? uniform(slot.main_tiles) : tiles;
+}
 
 template <class Cfg>
 struct alignas(1024) SharedStorage {

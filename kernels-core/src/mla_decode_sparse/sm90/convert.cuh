@@ -1,7 +1,8 @@
 // Tokens of a cache as fp16 operands, by format.
 //
 // A token's values are fp16 numbers times 2^e; e is the token's own, so that its largest value
-// fits. P carries 2^e and the logits' factor gives it back: any scale works, with fp16's rounding.
+// fits. P carries 2^e and the logits' factor gives it back: any scale up to 2^14 works, with fp16's
+// rounding.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -199,4 +200,5 @@ __device__ __forceinline__ void value_columns_of_e2m1(uint32_t codes, __half2 mu
   first = times(__byte_perm(bytes, 0, 0x2404), multiplier);
   second = times(__byte_perm(bytes, 0, 0x3414), multiplier);
 }
+
 }  // namespace flash_mla::mla_decode_sparse::sm90

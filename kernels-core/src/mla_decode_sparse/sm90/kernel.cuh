@@ -95,8 +95,7 @@ __device__ __forceinline__ void load_role(const GpuParams& p, SharedStorage<Cfg>
     if (uniform(slot.item.request) < 0) break;
     prefetch_queries<Cfg>(p, smem.slots[i].item, member);
     loader.load(slot);
-    if (at.lane == 0) flash_mla::sm90::arrive(smem.item_empty[i]);
-    __syncwarp();
+    flash_mla::sm90::arrive_warp(smem.item_empty[i]);
   }
 }
 
@@ -132,10 +131,10 @@ __device__ __forceinline__ void values_role(const GpuParams& p, SharedStorage<Cf
     const uint32_t i = index % 2, phase = index / 2 % 2;
     flash_mla::sm90::wait(smem.item_full[i], phase);
     if (uniform(smem.slots[i].item.request) < 0) break;
-    const uint32_t end = first + uniform(smem.slots[i].num_tiles);
+    const int32_t tiles = uniform(smem.slots[i].num_tiles);
+    const uint32_t end = first + tiles;
     values.clear();
-    const uint32_t fp4_from =
-        C::kFp4Extra && smem.slots[i].fp4 ? first + uniform(smem.slots[i].main_tiles) : end;
+    const uint32_t fp4_from = first + e4m3_tiles<Cfg>(smem.slots[i], tiles);
 #pragma unroll 1
     for (uint32_t tile = first; tile < end; ++tile) values.add(tile, tile >= fp4_from);
     first = end;

@@ -24,6 +24,8 @@ class Keys {
   static constexpr int kGroupSteps = 2;
   static constexpr int kBlockGroups = kColumns / kDepth / kGroupSteps;
   static constexpr int kAhead = 2;  // blocks whose codes are on their way
+  // RoPE that is no part of V stays bf16, in products of its own.
+  static constexpr bool kBf16Rope = C::kRope && !C::kRopeInValues;
   static constexpr int kCodeBlocks = kBlocks - (C::kRopeInValues ? 1 : 0);
 
  public:
@@ -35,12 +37,10 @@ class Keys {
     const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 1
     for (int row = thread / 4; row < kN; row += kWarpgroup / 4) {
-      const float factor = flash_mla::sm90::load_query_row < C::kQueryBlocks,
-                  C::kRope && !C::kRopeInValues,
-                  C::kQueryBlocks >
-                      (rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row))
-                                          : nullptr,
-                       smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
+      const float factor = flash_mla::sm90::load_query_row<C::kQueryBlocks, kBf16Rope,
+                                                           /*kAtOnce=*/C::kQueryBlocks>(
+          rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row)) : nullptr,
+          smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
       if (thread % 4 == 0) smem_.rows[row] = {0.0f, factor};
     }
     if (thread == 0) smem_.started = false;
@@ -50,8 +50,7 @@ class Keys {
 
   // The keys of an item. `first`: its first tile, counted over all items.
   __device__ __forceinline__ void attend(uint32_t slot, uint32_t first, int32_t tiles) {
-    const volatile ItemSlot& item = smem_.slots[slot];
-    const uint32_t fp4_from = first + (C::kFp4Extra && item.fp4 ? uniform(item.main_tiles) : tiles);
+    const uint32_t fp4_from = first + e4m3_tiles<Cfg>(smem_.slots[slot], tiles);
 #pragma unroll
     for (float& sum : sums_) sum = 0.0f;
 #pragma unroll 1
@@ -89,7 +88,7 @@ class Keys {
       }
     };
     const uint32_t exists = smem_.exists[stage][at.warp];
-    all_exist_ = exists == (1u << kWarpKeys) - 1;
+    all_exist_ = exists == kAllWarpKeys;
     exists_ = exists >> token_at(at.g);
     fp4_ = kFp4;
 #pragma unroll
@@ -104,7 +103,7 @@ class Keys {
     uint4 rope[2][2];
     const auto rope_at = [&](int half, int i) {
       return reinterpret_cast<uint4*>(token + half * kNextToken + C::kLayout.rope_offset_bytes +
-                                      (C::kRopeInValues ? at.t * 32 + i * 16 : at.t * 16 + i * 64));
+                                      (kBf16Rope ? at.t * 16 + i * 64 : at.t * 32 + i * 16));
     };
     if constexpr (C::kRope) {
 #pragma unroll
@@ -166,15 +165,14 @@ class Keys {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           Columns& of = columns[group][half];
-          if constexpr (C::kRopeInValues) {
-            // In fp16, and so for values too, in its place.
+          if constexpr (kBf16Rope) {
+            rope_of(rope[half][group], __float2bfloat162_rn(pow2(-exponent_[half])), of);
+          } else {  // in fp16, and so for values too, in its place
             halves_of_rope(rope[half][group], pow2(-exponent_[half]), of);
             *rope_at(half, group) = make_uint4(of[0], of[1], of[2], of[3]);
-          } else {
-            rope_of(rope[half][group], __float2bfloat162_rn(pow2(-exponent_[half])), of);
           }
         }
-        using Type = std::conditional_t<C::kRopeInValues, Half, Bf16>;
+        using Type = std::conditional_t<kBf16Rope, Bf16, Half>;
         constexpr int kOffset = (C::kQueryBlocks - 1) * C::kQueryBlockBytes;
         if (group == 0) {
           multiply(Type(), First(), group, kOffset);
@@ -209,7 +207,7 @@ class Keys {
         if (group == 0 && c + kAhead < kCodeBlocks) load(c + kAhead);
       }
     }
-    arrive(smem_.kv_empty[stage]);  // what was read of it is in registers
+    flash_mla::sm90::arrive_warp(smem_.kv_empty[stage]);  // what was read of it is in registers
   }
 
   __device__ __forceinline__ void rescale_sums(const float (&factors)[kN]) {
@@ -273,13 +271,7 @@ class Keys {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums_[i / 4 * 2 + i % 2] += s_[i];
     flash_mla::sm90::fence_async_proxy();
-    arrive(smem_.p_full[parity]);
-  }
-
-  static __device__ __forceinline__ void arrive(Barrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % kLanes == 0) flash_mla::sm90::arrive(barrier);
-    __syncwarp();
+    flash_mla::sm90::arrive_warp(smem_.p_full[parity]);
   }
 
   // The standing maxima become those of the tile, where it has larger ones; before the item's first
@@ -342,8 +334,8 @@ class Keys {
     }
     const int row = at.warp * kLanes + at.lane;
     if (row < kN) smem_.row_max[slot][row] = smem_.started ? smem_.rows[row].max : -kInfinity;
-    arrive(smem_.sums_full[slot]);
-    arrive(smem_.item_empty[slot]);
+    flash_mla::sm90::arrive_warp(smem_.sums_full[slot]);
+    flash_mla::sm90::arrive_warp(smem_.item_empty[slot]);
   }
 
   SharedStorage<Cfg>& smem_;

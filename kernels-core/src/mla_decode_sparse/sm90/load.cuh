@@ -15,7 +15,6 @@ namespace flash_mla::mla_decode_sparse::sm90 {
 template <class Cfg>
 class TokenLoader {
   using C = Config<Cfg>;
-  static constexpr uint32_t kAll = (1u << kWarpKeys) - 1;
 
  public:
   // Arrivals at kv_full beside the bytes of rows.
@@ -89,9 +88,7 @@ class TokenLoader {
         flash_mla::sm80::arrive_when_copied(smem_address(&full));
       }
     }
-    __syncwarp();
-    if (at.lane == 0) flash_mla::sm90::arrive(full);
-    __syncwarp();
+    flash_mla::sm90::arrive_warp(full);
   }
 
   // The warp's tokens of a tile.
@@ -106,7 +103,7 @@ class TokenLoader {
       flash_mla::sm90::expect(full, __popc(existing) * kBytes);
     }
     __syncwarp();
-    if (existing == kAll) {
+    if (existing == kAllWarpKeys) {
       if (cute::elect_one_sync()) {
 #pragma unroll
         for (int i = 0; i < kWarpKeys; i += 2) {

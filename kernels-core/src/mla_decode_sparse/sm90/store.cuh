@@ -61,9 +61,7 @@ __device__ __forceinline__ void store(const GpuParams& p, SharedStorage<Cfg>& sm
       }
     }
   }
-  __syncwarp();
-  if (at.lane == 0) flash_mla::sm90::arrive(smem.item_empty[slot]);
-  __syncwarp();
+  flash_mla::sm90::arrive_warp(smem.item_empty[slot]);
   if (whole || p.grid.invariant_splits > 0) return;
   // Tells the others of the unit; they meet after their last items.
   split_unit(p, item, member, kValueWarps).arrive();

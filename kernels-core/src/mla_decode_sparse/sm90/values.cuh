@@ -59,10 +59,10 @@ class Values {
     } else {
       multiply<Codes::kE4m3>(parity, stage);
     }
-    arrive(smem_.kv_empty[stage]);  // its codes are in registers
+    flash_mla::sm90::arrive_warp(smem_.kv_empty[stage]);  // its codes are in registers
     flash_mla::sm90::wgmma_wait<0>();
     pin();
-    arrive(smem_.p_empty[parity]);
+    flash_mla::sm90::arrive_warp(smem_.p_empty[parity]);
   }
 
  private:
@@ -168,11 +168,6 @@ class Values {
   }
   __device__ __forceinline__ int32_t first_column(const Place& at) const {
     return 256 * wg_ + 64 * at.warp + 8 * at.g;
-  }
-  static __device__ __forceinline__ void arrive(Barrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % kLanes == 0) flash_mla::sm90::arrive(barrier);
-    __syncwarp();
   }
   __device__ __forceinline__ void pin() {
 #pragma unroll
