@@ -11,6 +11,7 @@
 
 #include "device/online_softmax.h"
 #include "device/scalar.h"
+#include "device/sm80/cp_async.cuh"
 #include "device/sm89/e4m3.cuh"
 #include "device/split_reduce.cuh"
 
@@ -38,40 +39,47 @@ __device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t
   }
 }
 
-// A bf16 row times a power of two, so that its largest value is below 2^15: then fp16 holds all
-// that matters of it. Returns the factor that gives its logits, whose magnitude is `scale`
-// otherwise; a negative scale turns the row's sign, so that factors are positive. By four lanes t;
-// `from` null: a row of zeros. kBf16Rope: the last 64 columns stay bf16, in the order of a bf16
-// token's 16 bytes. kAtOnce: blocks whose loads are under way together.
-template <int kBlocks, bool kBf16Rope, int kAtOnce = 1>
-__device__ __forceinline__ float load_query_row(const uint8_t* from, uint8_t* q,
-                                                int32_t block_bytes, int32_t row, int32_t t,
-                                                float scale) {
-  float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-  // Columns of this thread: 16 neighbours; in a bf16 RoPE block 8, and 8 half a block on.
-  const auto columns = [&](int c, uint32_t (&words)[8]) {
-    const bool rope = kBf16Rope && c == kBlocks - 1;
-    const uint4* const at = reinterpret_cast<const uint4*>(from + c * 128 + t * (rope ? 16 : 32));
-    const uint4 v[2] = {from != nullptr ? at[0] : make_uint4(0, 0, 0, 0),
-                        from != nullptr ? at[rope ? 4 : 1] : make_uint4(0, 0, 0, 0)};
+// A bf16 row as it is, to where it will be converted. By four lanes t; `from` null: zeros.
+template <int kBlocks>
+__device__ __forceinline__ void fetch_query_row(const uint8_t* from, uint8_t* q,
+                                                int32_t block_bytes, int32_t row, int32_t t) {
+  const uint32_t to = sm80::smem_address(q + row * 128);
+#pragma unroll 1
+  for (int c = 0; c < kBlocks; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      words[4 * i] = v[i].x;
-      words[4 * i + 1] = v[i].y;
-      words[4 * i + 2] = v[i].z;
-      words[4 * i + 3] = v[i].w;
+      const int32_t chunk = 4 * i + t;
+      const void* const at = from == nullptr ? nullptr : from + c * 128 + chunk * 16;
+      sm80::copy_16(to + c * block_bytes + ((chunk ^ row % 8) << 4), at, from != nullptr);
     }
+  }
+}
+
+// That row times a power of two, so that its largest value is below 2^15: then fp16 holds all that
+// matters of it. Returns the factor that gives its logits, whose magnitude is `scale` otherwise; a
+// negative scale turns the row's sign, so that factors are positive. By the warps of the lanes t
+// that have fetched it. kBf16Blocks: so many of the last blocks stay bf16, in the order of a bf16
+// token's 16 bytes; a row of which all do is only turned.
+template <int kBlocks, int kBf16Blocks>
+__device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_bytes, int32_t row,
+                                                   int32_t t, float scale) {
+  constexpr int kAtOnce = kBlocks % 3 == 0 ? 3 : 4;
+  static_assert(kBlocks % kAtOnce == 0);
+  // Columns of this thread: 16 neighbours; in a block that stays bf16 8, and 8 half a block on.
+  const auto columns = [&](int c, int i) {
+    const int32_t chunk = c >= kBlocks - kBf16Blocks ? 4 * i + t : 2 * t + i;
+    return *reinterpret_cast<const uint4*>(q + c * block_bytes + row * 128 +
+                                           ((chunk ^ row % 8) << 4));
   };
   __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
-  constexpr bool kKeeps = kAtOnce == kBlocks;
-  uint32_t kept[kKeeps ? kBlocks : 1][8];
 #pragma unroll kAtOnce
-  for (int c = 0; c < kBlocks; ++c) {
-    uint32_t (&words)[8] = kept[kKeeps ? c : 0];
-    columns(c, words);
+  for (int c = 0; c < (kBf16Blocks < kBlocks ? kBlocks : 0); ++c) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      most = __hmax2(most, __habs2(reinterpret_cast<const __nv_bfloat162&>(words[i])));
+    for (int i = 0; i < 2; ++i) {
+      const uint4 v = columns(c, i);
+      for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
+        most = __hmax2(most, __habs2(reinterpret_cast<const __nv_bfloat162&>(pair)));
+      }
     }
   }
   float largest = fmaxf(__low2float(most), __high2float(most));
@@ -79,19 +87,34 @@ __device__ __forceinline__ float load_query_row(const uint8_t* from, uint8_t* q,
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
   const bool ordinary = largest > 0.0f && largest < kInfinity;
   const int exponent = ordinary ? max(floor_log2(largest) - 14, -120) : 0;
-  sign *= pow2(-exponent);
-#pragma unroll kAtOnce
-  for (int c = 0; c < kBlocks; ++c) {
-    const bool rope = kBf16Rope && c == kBlocks - 1;
-    uint32_t (&words)[8] = kept[kKeeps ? c : 0];
-    if constexpr (!kKeeps) columns(c, words);
+  const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+  const __nv_bfloat162 unit = __float2bfloat162_rn(sign * pow2(-exponent));
+#pragma unroll 1
+  for (int first = 0; first < kBlocks; first += kAtOnce) {
+    uint32_t words[kAtOnce][8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float2 values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[i]));
-      const float a = values.x * sign, b = values.y * sign;
-      words[i] = rope ? pack_out<DType::kBFloat16>(a, b) : pack_out<DType::kFloat16>(a, b);
+    for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 v = columns(first + n, i);
+        words[n][4 * i] = times(v.x, unit);
+        words[n][4 * i + 1] = times(v.y, unit);
+        words[n][4 * i + 2] = times(v.z, unit);
+        words[n][4 * i + 3] = times(v.w, unit);
+      }
     }
-    write_query(q + c * block_bytes, row, t, words);
+    __syncwarp();  // the lanes write what others read
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (first + n < kBlocks - kBf16Blocks) {
+#pragma unroll
+        for (uint32_t& word : words[n]) {
+          const float2 values = unpack<DType::kBFloat16>(word);
+          word = pack_out<DType::kFloat16>(values.x, values.y);
+        }
+      }
+      write_query(q + (first + n) * block_bytes, row, t, words[n]);
+    }
   }
   return scale == 0.0f ? 1.0f : fabsf(scale) * pow2(exponent);
 }

@@ -42,7 +42,12 @@ enum HardwareBarrier : int {  // __syncthreads is 0
 template <class Cfg>
 struct Config {
   static constexpr KvLayout kLayout = kv_layout(Cfg::v.kv);
+  static constexpr bool kCodes = kLayout.packed();  // the others are bf16 as they are
+  static constexpr DType kType = kCodes ? DType::kFloat16 : DType::kBFloat16;  // of the products
+  static constexpr int kRowBytes = kCodes ? kLayout.row_bytes : Cfg::v.d_qk * 2;
   static constexpr int kRows = Cfg::v.tile_m;  // query rows: N of a wgmma
+  // With more of them two stages of tokens do not fit.
+  static constexpr int kMostRows = kRowBytes > 1024 ? 32 : 64;
   static constexpr int kQueryBlocks = Cfg::v.d_qk / kColumns;
   static constexpr int kQueryBlockBytes = kRows * 128;
   static constexpr bool kRope = kLayout.d_rope() > 0;
@@ -50,9 +55,11 @@ struct Config {
   static constexpr bool kPageScales = kLayout.page_scale_bytes > 0;          // v4_fp8
   static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
 
+  static constexpr bool kWideValues = kRopeInValues || !kCodes;              // 16 bits, not 8
+
   // A kernel of 512 threads starts with 128 registers for each: what some get, others give.
-  static constexpr int kValueRegisters = kRows < 64 ? 152 : kFp4Extra ? 168 : 176;
-  static constexpr int kKeyRegisters = kRows < 64 ? 144 : kFp4Extra ? 136 : 120;
+  static constexpr int kValueRegisters = kRows < 64 ? 152 : kWideValues ? 176 : 168;
+  static constexpr int kKeyRegisters = kRows < 64 ? 144 : kWideValues ? 120 : 136;
   static constexpr int kLoadRegisters = kRows < 64 ? 56 : 40;
   static_assert(2 * kValueRegisters + kKeyRegisters + kLoadRegisters <= 4 * 128);
 
@@ -60,13 +67,13 @@ struct Config {
   // next: with token_at(), eight lanes that read 16 bytes meet all banks, and so do sixteen that
   // read 8 and 32 that read 4.
   static constexpr int token_bytes(int row_bytes) { return (row_bytes + 31) / 64 * 64 + 32; }
-  static constexpr int kTokenBytes = token_bytes(kLayout.row_bytes);
+  static constexpr int kTokenBytes = token_bytes(kRowBytes);
   static constexpr int kFp4TokenBytes = token_bytes(kv_layout(KvFormat::kV41Fp4).row_bytes);
-  static_assert(kTokenBytes >= kLayout.row_bytes && kFp4TokenBytes <= kTokenBytes);
+  static_assert(kTokenBytes >= kRowBytes && kFp4TokenBytes <= kTokenBytes);
   static constexpr int kStageBytes = kTileKeys * kTokenBytes;
 
   // Scales of a token, as fp16 multipliers for values.
-  static constexpr int kScales = kFp4Extra ? 32 : kLayout.d_nope / kLayout.scale_tile;
+  static constexpr int kScales = kFp4Extra ? 32 : kCodes ? kLayout.d_nope / kLayout.scale_tile : 1;
 
   // Beside queries, P and tokens: barriers, rows, items and the plan; multipliers; the page's
   // scales.
@@ -77,7 +84,7 @@ struct Config {
        kOtherBytes) /
       kStageBytes;
   static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
-  static_assert(kStages >= 3);
+  static_assert(kStages >= (kCodes ? 3 : 2));
 };
 
 // The stage of a role's next tile, and the phase of its barriers.
@@ -138,7 +145,7 @@ struct alignas(1024) SharedStorage {
   Barrier p_empty[2];  // 8 warps of values have multiplied it
   // [item % 2]
   Barrier item_full[2];   // the slot is there
-  Barrier sums_full[2];   // 4 warps of keys: maxima and sums of the rows are final
+  Barrier rows_done[2];   // 4 warps of keys: the item's softmax is done
   Barrier item_empty[2];  // all 16 warps are done with it
 
   alignas(16) RowState rows[C::kRows];
@@ -146,9 +153,8 @@ struct alignas(1024) SharedStorage {
   // [tile % 2]: whether some row has a new maximum, and the factors of what was summed before.
   uint32_t grown[2];
   alignas(16) float row_factor[2][C::kRows];
-  // [item % 2]
-  float row_sum[2][C::kRows];
-  float row_max[2][C::kRows];
+  float row_sum[C::kRows];
+  alignas(16) float row_scale[2][C::kRows];  // [item % 2]: O times it is the result
 
   ItemSlot slots[2];  // [item % 2]
   PlanStorage plan;

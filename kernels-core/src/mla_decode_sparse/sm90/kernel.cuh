@@ -1,19 +1,20 @@
-// Token-sparse MLA decode on Hopper, packed float8 caches.
+// Token-sparse MLA decode on Hopper.
 //
 //   out[r] = sink_factor * sum_j softmax_j(scale q[r].k[j]) k[j][0:512]
 //                   for the 16, 32 or 64 heads r of an M tile, and the tokens j that a query names
 //
 // Tile: these rows x 64 tokens. Tokens come into shared memory as they are in the cache, a row at a
 // time. The products are transposed, so that codes are converted to fp16 in the registers that the
-// products read, once as K and once as V.
+// products read, once as K and once as V. bf16 tokens need no conversion.
 //
 //   warps  registers  role (64 rows; with fewer 152, 144, 56)
-//   0-3    176, 168   values: P V of all tiles, columns 0-255 of O
-//   4-7    176, 168   values: columns 256-511
-//   8-11   120, 136   keys: queries; Q K^T and softmax of all tiles
+//   0-3    168, 176   values: P V of all tiles, columns 0-255 of O
+//   4-7    168, 176   values: columns 256-511
+//   8-11   136, 120   keys: queries; Q K^T and softmax of all tiles
 //   12-15  40         the CTA's items (warp 12); tokens by the copy engine
 //
-// Shared memory: Q 16 to 72 KB, P 4 to 16 KB, three or four stages of tokens, 34 to 42 KB each.
+// Shared memory: Q 16 to 72 KB, P 4 to 16 KB, three or four stages of tokens, 34 to 42 KB each
+// (bf16: two, 66 to 74 KB).
 //
 //   barrier        arrivals                              phase
 //   kv_full[s]     4 warps that load + bytes             fill of stage s
@@ -21,7 +22,7 @@
 //   p_full[b]      4 warps of keys: P written            tile of buffer b
 //   p_empty[b]     8 warps of values                     tile of buffer b
 //   item_full[i]   1: the item is in slot i              item of slot i
-//   sums_full[i]   4 warps of keys                       item of slot i
+//   rows_done[i]   4 warps of keys                       item of slot i
 //   item_empty[i]  16 warps are done with the item       item of slot i
 #pragma once
 
@@ -109,13 +110,12 @@ __device__ __forceinline__ void keys_role(const GpuParams& p, SharedStorage<Cfg>
     const uint32_t i = index % 2;
     const volatile ItemSlot& slot = smem.slots[i];
     flash_mla::sm90::wait(smem.item_full[i], index / 2 % 2);
-    WorkItem item;
-    item.request = uniform(slot.item.request);
-    item.unit = uniform(slot.item.unit);
-    if (item.request < 0) break;
+    const WorkItem& item = smem.slots[i].item;
+    if (uniform(slot.item.request) < 0) break;
     const int32_t tiles = uniform(slot.num_tiles);
     keys.load_queries(p, TileRows(p, item, member));
     keys.attend(i, first, tiles);
+    keys.finish(p, TileRows(p, item, member), item, member, i);
     first += tiles;
   }
 }
@@ -138,7 +138,7 @@ __device__ __forceinline__ void values_role(const GpuParams& p, SharedStorage<Cf
 #pragma unroll 1
     for (uint32_t tile = first; tile < end; ++tile) values.add(tile, tile >= fp4_from);
     first = end;
-    flash_mla::sm90::wait(smem.sums_full[i], phase);
+    flash_mla::sm90::wait(smem.rows_done[i], phase);
     store(p, smem, values, member, i, wg);
   }
 }
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Gp
       flash_mla::sm90::init(smem.p_full[i], kWarpgroupWarps);
       flash_mla::sm90::init(smem.p_empty[i], kValueWarps);
       flash_mla::sm90::init(smem.item_full[i], 1);
-      flash_mla::sm90::init(smem.sums_full[i], kWarpgroupWarps);
+      flash_mla::sm90::init(smem.rows_done[i], kWarpgroupWarps);
       flash_mla::sm90::init(smem.item_empty[i], kThreads / kLanes);
     }
     flash_mla::sm90::fence_barrier_init();

@@ -27,19 +27,28 @@ class Keys {
   // RoPE that is no part of V stays bf16, in products of its own.
   static constexpr bool kBf16Rope = C::kRope && !C::kRopeInValues;
   static constexpr int kCodeBlocks = kBlocks - (C::kRopeInValues ? 1 : 0);
+  static constexpr int kBf16Blocks = !C::kCodes ? C::kQueryBlocks : kBf16Rope ? 1 : 0;
 
  public:
   __device__ __forceinline__ explicit Keys(SharedStorage<Cfg>& smem) : smem_(smem) {}
 
   // The queries of an item, in the place of the one before.
   __device__ __forceinline__ void load_queries(const GpuParams& p, const TileRows& rows) {
-    sync();
+    sync();  // no product reads those of the item before
     const int thread = threadIdx.x % kWarpgroup;
+    constexpr int kAtOnce = kWarpgroup / 4;
 #pragma unroll 1
-    for (int row = thread / 4; row < kN; row += kWarpgroup / 4) {
-      const float factor = flash_mla::sm90::load_query_row<C::kQueryBlocks, kBf16Rope,
-                                                           /*kAtOnce=*/C::kQueryBlocks>(
+    for (int row = thread / 4; row < kN; row += kAtOnce) {
+      flash_mla::sm90::fetch_query_row<C::kQueryBlocks>(
           rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row)) : nullptr,
+          smem_.q, C::kQueryBlockBytes, row, thread % 4);
+    }
+    flash_mla::sm80::commit_copies();
+    flash_mla::sm80::wait_copies<0>();
+    __syncwarp();
+#pragma unroll 1
+    for (int row = thread / 4; row < kN; row += kAtOnce) {
+      const float factor = flash_mla::sm90::convert_query_row<C::kQueryBlocks, kBf16Blocks>(
           smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
       if (thread % 4 == 0) smem_.rows[row] = {0.0f, factor};
     }
@@ -56,7 +65,9 @@ class Keys {
 #pragma unroll 1
     for (uint32_t tile = first; tile < first + tiles; ++tile) {
       flash_mla::sm90::wait(smem_.kv_full[ring_.stage], ring_.phase);
-      if (C::kFp4Extra && tile >= fp4_from) {
+      if constexpr (!C::kCodes) {
+        query_bf16_keys(ring_.stage);
+      } else if (C::kFp4Extra && tile >= fp4_from) {
         query_keys<true>(ring_.stage);
       } else {
         query_keys<false>(ring_.stage);
@@ -64,12 +75,95 @@ class Keys {
       ring_.advance();
       softmax(tile);
     }
-    publish_sums(slot);
+    add_up_sums();
+  }
+
+  // The item's softmax is done: what values multiply rows with, and what is known of them.
+  __device__ __forceinline__ void finish(const GpuParams& p, const TileRows& rows,
+                                         const WorkItem& item, int32_t member, uint32_t slot) {
+    const int row = threadIdx.x % kWarpgroup;
+    if (row < kN) {
+      const float max = smem_.started ? smem_.rows[row].max : -kInfinity;
+      const SoftmaxRow softmax = {max, smem_.row_sum[row]};
+      const bool valid = rows.valid(p, row);
+      float scale = 1.0f;
+      if (item.num_parts > 1) {
+        const int64_t tile = partial_tile(p.grid, item, member, item.part);
+        if (valid) *p.partials.header(tile, row) = {softmax.max_log2, softmax.sum, 0.0f, 0.0f};
+      } else if (valid) {
+        const float lse = softmax.lse();
+        scale = softmax.empty() ? 0.0f : 1.0f / softmax.sum;
+        if (const float* const sink = rows.sink(p, row)) scale *= sink_factor(lse, *sink);
+        *rows.lse(p, row) = lse;
+      }
+      smem_.row_scale[slot][row] = scale;
+    }
+    flash_mla::sm90::arrive_warp(smem_.rows_done[slot]);
+    flash_mla::sm90::arrive_warp(smem_.item_empty[slot]);
   }
 
  private:
   static __device__ __forceinline__ void sync() {
     flash_mla::sm90::named_barrier_sync(kKeysSync, kWarpgroup);
+  }
+
+  // S^T (+)= of 32 columns of a block: `of` both keys, a group.
+  template <DType kType>
+  __device__ __forceinline__ void multiply(const Columns (&of)[2], const Operand& q, int block,
+                                           int group, bool first) {
+    using Mma = flash_mla::sm90::Wgmma<kType>;
+    flash_mla::sm90::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kGroupSteps; ++i) {
+      const uint32_t a[4] = {of[0][2 * i], of[1][2 * i], of[0][2 * i + 1], of[1][2 * i + 1]};
+      const uint64_t b = q.at(block * C::kQueryBlockBytes + (group * kGroupSteps + i) * 32);
+      if (first && i == 0) {
+        Mma::template product<false, kN>(s_, a, b);
+      } else {
+        Mma::template product<true, kN>(s_, a, b);
+      }
+    }
+    flash_mla::sm90::wgmma_commit();
+  }
+
+  // S^T = K Q^T of a tile in bf16.
+  __device__ __forceinline__ void query_bf16_keys(uint32_t stage) {
+    const Place at;
+    const uint32_t key = kWarpKeys * at.warp + token_at(at.g);  // and 8 on
+    const uint8_t* const token = smem_.tokens[stage] + key * C::kTokenBytes + at.t * 16;
+    find_existing(at, stage);
+    const Operand q(smem_.q, flash_mla::sm90::kKMajorLeading);
+    constexpr int kGroups = C::kQueryBlocks * kBlockGroups;
+    constexpr int kBuffers = kAhead * kBlockGroups;
+    Columns columns[kBuffers][2];
+    const auto load = [&](int group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 v =
+            *reinterpret_cast<const uint4*>(token + half * 8 * C::kTokenBytes + group * 64);
+        Columns& of = columns[group % kBuffers][half];
+        of[0] = v.x;
+        of[1] = v.y;
+        of[2] = v.z;
+        of[3] = v.w;
+      }
+    };
+#pragma unroll
+    for (int group = 0; group < kBuffers - 1; ++group) load(group);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      multiply<DType::kBFloat16>(columns[group % kBuffers], q, group / kBlockGroups,
+                                 group % kBlockGroups, group == 0);
+      flash_mla::sm90::wgmma_wait<1>();  // the products before have read what comes next
+      if (group + kBuffers - 1 < kGroups) load(group + kBuffers - 1);
+    }
+    flash_mla::sm90::arrive_warp(smem_.kv_empty[stage]);  // what was read of it is in registers
+  }
+
+  __device__ __forceinline__ void find_existing(const Place& at, uint32_t stage) {
+    const uint32_t exists = smem_.exists[stage][at.warp];
+    all_exist_ = exists == kAllWarpKeys;
+    exists_ = exists >> token_at(at.g);
   }
 
   // S^T = K Q^T of a tile.
@@ -87,9 +181,7 @@ class Keys {
         return token + half * kNextToken + C::kLayout.scales_offset_bytes;
       }
     };
-    const uint32_t exists = smem_.exists[stage][at.warp];
-    all_exist_ = exists == kAllWarpKeys;
-    exists_ = exists >> token_at(at.g);
+    find_existing(at, stage);
     fp4_ = kFp4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -123,26 +215,6 @@ class Keys {
 
     const Operand q(smem_.q, flash_mla::sm90::kKMajorLeading);
     Columns columns[kBlockGroups][2];
-    const auto multiply = [&](auto type, auto accumulate, int group, int offset) {
-      using Mma = flash_mla::sm90::Wgmma<decltype(type)::value>;
-      Columns(&of)[2] = columns[group];
-      flash_mla::sm90::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kGroupSteps; ++i) {
-        const uint32_t a[4] = {of[0][2 * i], of[1][2 * i], of[0][2 * i + 1], of[1][2 * i + 1]};
-        const uint64_t b = q.at(offset + (group * kGroupSteps + i) * 32);
-        if (i == 0) {
-          Mma::template product<decltype(accumulate)::value, kN>(s_, a, b);
-        } else {
-          Mma::template product<true, kN>(s_, a, b);
-        }
-      }
-      flash_mla::sm90::wgmma_commit();
-    };
-    using First = std::false_type;
-    using Later = std::true_type;
-    using Half = std::integral_constant<DType, DType::kFloat16>;
-    using Bf16 = std::integral_constant<DType, DType::kBFloat16>;
     // Codes of block c for both keys.
     uint4 codes[kAhead + 1][2];
     const auto load = [&](int c) {
@@ -172,13 +244,8 @@ class Keys {
             *rope_at(half, group) = make_uint4(of[0], of[1], of[2], of[3]);
           }
         }
-        using Type = std::conditional_t<kBf16Rope, Bf16, Half>;
-        constexpr int kOffset = (C::kQueryBlocks - 1) * C::kQueryBlockBytes;
-        if (group == 0) {
-          multiply(Type(), First(), group, kOffset);
-        } else {
-          multiply(Type(), Later(), group, kOffset);
-        }
+        constexpr DType kType = kBf16Rope ? DType::kBFloat16 : DType::kFloat16;
+        multiply<kType>(columns[group], q, C::kQueryBlocks - 1, group, group == 0);
       }
     }
 #pragma unroll
@@ -199,11 +266,7 @@ class Keys {
             halves_of_e4m3(eight, multiplier, columns[group][half]);
           }
         }
-        if (!C::kRope && c == 0 && group == 0) {
-          multiply(Half(), First(), group, c * C::kQueryBlockBytes);
-        } else {
-          multiply(Half(), Later(), group, c * C::kQueryBlockBytes);
-        }
+        multiply<DType::kFloat16>(columns[group], q, c, group, !C::kRope && c == 0 && group == 0);
         if (group == 0 && c + kAhead < kCodeBlocks) load(c + kAhead);
       }
     }
@@ -224,7 +287,11 @@ class Keys {
     const Place at;
     const uint32_t parity = tile % 2;
     const bool first = !*static_cast<volatile bool*>(&smem_.started);
-    const float scale[2] = {pow2(exponent_[0]), pow2(exponent_[1])};
+    float scale[2] = {1.0f, 1.0f};
+    if constexpr (C::kCodes) {
+      scale[0] = pow2(exponent_[0]);
+      scale[1] = pow2(exponent_[1]);
+    }
     float4 rows[kN / 8];
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
@@ -259,13 +326,15 @@ class Keys {
     for (float& s : s_) s = flash_mla::sm90::fast_exp2(s);
     const __half2 carried[2] = {__float2half2_rn(scale[0]), __float2half2_rn(scale[1])};
     flash_mla::sm90::store_p<kN>(at, smem_.p[parity], [&](int i) {
-      return times(flash_mla::sm90::pack<DType::kFloat16>(s_[2 * i], s_[2 * i + 1]),
-                   carried[i % 2]);
+      const uint32_t two = flash_mla::sm90::pack<C::kType>(s_[2 * i], s_[2 * i + 1]);
+      return C::kCodes ? times(two, carried[i % 2]) : two;
     });
+    if constexpr (C::kCodes) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int place = kWarpKeys * at.warp + at.g + 8 * half;
-      scales_[half].write(smem_.multiplier[parity], place, at.t, exponent_[half], fp4_);
+      for (int half = 0; half < 2; ++half) {
+        const int place = kWarpKeys * at.warp + at.g + 8 * half;
+        scales_[half].write(smem_.multiplier[parity], place, at.t, exponent_[half], fp4_);
+      }
     }
     // While what was stored arrives.
 #pragma unroll
@@ -318,7 +387,7 @@ class Keys {
   }
 
   // The warps of the warpgroup add their sums one after the other.
-  __device__ __forceinline__ void publish_sums(uint32_t slot) {
+  __device__ __forceinline__ void add_up_sums() {
     const Place at;
     flash_mla::sm90::add_up_keys<kN / 4>(at, sums_);
 #pragma unroll 1
@@ -326,16 +395,12 @@ class Keys {
       if (at.warp == w && (kN >= 32 || at.g % 2 == 0)) {
 #pragma unroll
         for (int i = 0; i < flash_mla::sm90::kRowSums<kN>; ++i) {
-          float& total = smem_.row_sum[slot][flash_mla::sm90::sum_row<kN>(at, i)];
+          float& total = smem_.row_sum[flash_mla::sm90::sum_row<kN>(at, i)];
           total = (w == 0 ? 0.0f : total) + sums_[i];
         }
       }
       sync();
     }
-    const int row = at.warp * kLanes + at.lane;
-    if (row < kN) smem_.row_max[slot][row] = smem_.started ? smem_.rows[row].max : -kInfinity;
-    flash_mla::sm90::arrive_warp(smem_.sums_full[slot]);
-    flash_mla::sm90::arrive_warp(smem_.item_empty[slot]);
   }
 
   SharedStorage<Cfg>& smem_;

@@ -10,7 +10,10 @@ inline constexpr Row kRow = Row::kSm90;
 template <class Cfg>
 const char* supports(const Problem& p) {
   if (p.main.kv.format != Cfg::v.kv) return "serves another cache format";
-  if (Cfg::v.tile_m < 64 && p.h_q > Cfg::v.tile_m) return "serves fewer query heads";
+  if (p.d_qk != Cfg::v.d_qk) return "serves another d_qk";
+  if (Cfg::v.tile_m < Config<Cfg>::kMostRows && p.h_q > Cfg::v.tile_m) {
+    return "serves fewer query heads";
+  }
   return nullptr;
 }
 

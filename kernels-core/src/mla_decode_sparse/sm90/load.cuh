@@ -79,7 +79,7 @@ class TokenLoader {
     if (C::kFp4Extra && fp4) {
       copy<kv_layout(KvFormat::kV41Fp4).row_bytes, C::kFp4TokenBytes>(stage, rows, existing);
     } else {
-      copy<layout.row_bytes, C::kTokenBytes>(stage, rows, existing);
+      copy<C::kRowBytes, C::kTokenBytes>(stage, rows, existing);
     }
     if constexpr (C::kPageScales) {
       if (at.lane < kWarpKeys) {

@@ -16,7 +16,7 @@ template <class Cfg>
 class Values {
   using C = Config<Cfg>;
   using Operand = flash_mla::sm90::Operand;
-  using Mma = flash_mla::sm90::Wgmma<DType::kFloat16>;
+  using Mma = flash_mla::sm90::Wgmma<C::kType>;
   static constexpr int kN = C::kRows;
   static constexpr int kSteps = kTileKeys / kDepth;
   // Products are issued in groups, of which one is under way while the next is converted, if there
@@ -30,7 +30,7 @@ class Values {
   __device__ __forceinline__ Values(SharedStorage<Cfg>& smem, int wg) : smem_(smem), wg_(wg) {
     const Place at;
     for (int i = 0; i < 2; ++i) {
-      offset_[i] = token_at(2 * at.t + i) * C::kTokenBytes + first_column(at);
+      offset_[i] = token_at(2 * at.t + i) * C::kTokenBytes + first_column(at) * (C::kCodes ? 1 : 2);
     }
   }
 
@@ -52,7 +52,9 @@ class Values {
       rescale(smem_.row_factor[parity]);
     }
     pin();
-    if (C::kFp4Extra && fp4) {
+    if constexpr (!C::kCodes) {
+      multiply<Codes::kNone>(parity, stage);
+    } else if (C::kFp4Extra && fp4) {
       multiply<Codes::kE2m1>(parity, stage);
     } else if (C::kRopeInValues && wg_ == kValueGroups - 1) {
       multiply<Codes::kE4m3AndRope>(parity, stage);
@@ -66,16 +68,19 @@ class Values {
   }
 
  private:
-  // kE4m3AndRope: the last warp has RoPE.
-  enum class Codes { kE4m3, kE2m1, kE4m3AndRope };
+  // kNone: tokens are bf16. kE4m3AndRope: the last warp has RoPE.
+  enum class Codes { kNone, kE4m3, kE2m1, kE4m3AndRope };
 
   template <Codes kCodes>
   __device__ __forceinline__ void multiply(uint32_t parity, uint32_t stage) {
     constexpr bool kFp4 = kCodes == Codes::kE2m1;
-    constexpr int kFlights = kN == 64 && (C::kRopeInValues || C::kFp4Extra) ? 1 : 2;
+    // 16-bit values are there as they are.
+    constexpr bool kMayBe16Bit = kCodes == Codes::kE4m3AndRope || kCodes == Codes::kNone;
+    constexpr int kFlights = kN == 64 && (C::kWideValues || C::kFp4Extra) ? 1 : 2;
     constexpr int kTokenBytes = kFp4 ? C::kFp4TokenBytes : C::kTokenBytes;
     const Place at;
     const bool rope = kCodes == Codes::kE4m3AndRope && at.warp == kWarpgroupWarps - 1;
+    const bool is_16_bit = rope || kCodes == Codes::kNone;
     const int32_t column = first_column(at);
     const auto key = [&](int i) {
       const uint8_t* const tokens = smem_.tokens[stage];
@@ -84,13 +89,15 @@ class Values {
       return tokens + offset_[i] + (rope ? kToRope + (column - C::kLayout.d_nope) : 0);
     };
     const uint8_t* const v[2] = {key(0), key(1)};
-    constexpr int kTile = kFp4 ? kv_layout(KvFormat::kV41Fp4).scale_tile : C::kLayout.scale_tile;
+    constexpr int kTile = kFp4        ? kv_layout(KvFormat::kV41Fp4).scale_tile
+                          : C::kCodes ? C::kLayout.scale_tile
+                                      : kLatentDim;
     const __half* const multipliers_at =
         smem_.multiplier[parity][rope ? 0 : column / kTile] + 2 * at.t;
     const Operand p(smem_.p[parity], flash_mla::sm90::kKMajorLeading);
 
-    // Of a step's keys, by half and key of a pair: eight codes, or RoPE in fp16.
-    using Eight = std::conditional_t<kCodes == Codes::kE4m3AndRope, uint4, uint2>;
+    // Of a step's keys, by half and key of a pair: eight codes, or 16-bit values.
+    using Eight = std::conditional_t<kMayBe16Bit, uint4, uint2>;
     Eight codes[2][2];
     __half2 multipliers[2];
     const auto load = [&](int step) {
@@ -101,7 +108,9 @@ class Values {
         for (int i = 0; i < 2; ++i) {
           const uint8_t* const from = v[i] + first * kTokenBytes;
           Eight& to = codes[half][i];
-          if constexpr (kFp4) {
+          if constexpr (kCodes == Codes::kNone) {
+            to = *reinterpret_cast<const uint4*>(from);
+          } else if constexpr (kFp4) {
             to.x = *reinterpret_cast<const uint32_t*>(from);
           } else {
             const uint2 two = *reinterpret_cast<const uint2*>(from);
@@ -116,7 +125,9 @@ class Values {
             }
           }
         }
-        multipliers[half] = *reinterpret_cast<const __half2*>(multipliers_at + first);
+        if constexpr (C::kCodes) {
+          multipliers[half] = *reinterpret_cast<const __half2*>(multipliers_at + first);
+        }
       }
     };
     uint32_t a[kFlights][kColumnGroup][4];
@@ -138,14 +149,14 @@ class Values {
               const uint32_t select = product | (product + 4) << 4;
               value_columns_of_e2m1(__byte_perm(codes[half][0].x, codes[half][1].x, select),
                                     multipliers[half], low, high);
-            } else {
+            } else if constexpr (kCodes != Codes::kNone) {
               const uint32_t x = product < 2 ? codes[half][0].x : codes[half][0].y;
               const uint32_t y = product < 2 ? codes[half][1].x : codes[half][1].y;
               halves_of_e4m3x4(__byte_perm(x, y, product % 2 == 0 ? 0x5140 : 0x7362),
                                multipliers[half], low, high);
             }
-            if constexpr (kCodes == Codes::kE4m3AndRope) {
-              if (rope) {
+            if constexpr (kMayBe16Bit) {
+              if (is_16_bit) {
                 const uint32_t first = word(codes[half][0], product);
                 const uint32_t second = word(codes[half][1], product);
                 low = __byte_perm(first, second, 0x5410);

@@ -23,57 +23,72 @@ struct TensorMaps {
 using flash_mla::sm90::halves_of_codes;
 using flash_mla::sm90::write_query;
 
-// A query row, and the factor of its logits, which is positive: a negative scale turns the row.
 template <class Cfg>
-__device__ __forceinline__ void load_query_row(const GpuParams& p, SharedStorage<Cfg>& smem,
-                                               const TileRows& rows, int32_t row, int32_t t,
-                                               float scale, float* factor) {
+__device__ __forceinline__ const uint8_t* query_row(const GpuParams& p, const TileRows& rows,
+                                                    int32_t row) {
+  constexpr int kBytes = Cfg::v.q == DType::kFloat8E4M3 ? 1 : 2;
+  if (!rows.valid(p, row)) return nullptr;
+  return static_cast<const uint8_t*>(p.q) +
+         kBytes * (rows.request * p.q_stride_b + rows.token(p, row) * p.q_stride_s +
+                   rows.head(p, row) * p.q_stride_h);
+}
+
+// A float8 query row times `sign`; `from` null: zeros.
+template <class Cfg>
+__device__ __forceinline__ void load_query_codes(const uint8_t* from, SharedStorage<Cfg>& smem,
+                                                 int32_t row, int32_t t, float sign) {
   using C = Config<Cfg>;
-  const bool valid = rows.valid(p, row);
-  constexpr bool kCodes = Cfg::v.q == DType::kFloat8E4M3;
-  constexpr int kBytes = kCodes ? 1 : 2;
-  const uint8_t* const from =
-      static_cast<const uint8_t*>(p.q) +
-      kBytes * (rows.request * p.q_stride_b + rows.token(p, row) * p.q_stride_s +
-                rows.head(p, row) * p.q_stride_h);
-  if constexpr (kCodes) {
-    const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-#pragma unroll 1
-    for (int c = 0; c < C::kColumnBlocks; ++c) {
-      uint4 codes = make_uint4(0, 0, 0, 0);
-      if (valid) codes = *reinterpret_cast<const uint4*>(from + c * kColumnsPerStep + t * 16);
-      const uint32_t four[4] = {codes.x, codes.y, codes.z, codes.w};
-      uint32_t words[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t two = halves_of_codes(four[i / 2] >> (i % 2 * 16));
-        const __half2 turned =
-            __hmul2(reinterpret_cast<const __half2&>(two), __float2half2_rn(sign));
-        words[i] = reinterpret_cast<const uint32_t&>(turned);
-      }
-      write_query(smem.q + c * C::kQueryBlockBytes, row, t, words);
+#pragma unroll 3
+  for (int c = 0; c < C::kColumnBlocks; ++c) {
+    uint4 codes = make_uint4(0, 0, 0, 0);
+    if (from != nullptr) {
+      codes = *reinterpret_cast<const uint4*>(from + c * kColumnsPerStep + t * 16);
     }
-    if (t == 0) *factor = sign == 0.0f ? 1.0f : fabsf(scale);
-  } else {
-    const float made_up = flash_mla::sm90::load_query_row<C::kColumnBlocks, C::kRopeBf16>(
-        valid ? from : nullptr, smem.q, C::kQueryBlockBytes, row, t, scale);
-    if (t == 0) *factor = made_up;
+    const uint32_t four[4] = {codes.x, codes.y, codes.z, codes.w};
+    uint32_t words[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t two = halves_of_codes(four[i / 2] >> (i % 2 * 16));
+      words[i] = flash_mla::sm90::times(two, __float2half2_rn(sign));
+    }
+    write_query(smem.q + c * C::kQueryBlockBytes, row, t, words);
   }
 }
 
 // By the producer's warps but the first.
 inline constexpr int kQueryThreads = kWarpgroup - kLanes;
 
+// Query rows, and the factors of their logits, which are positive: a negative scale turns a row.
 template <class Cfg>
 __device__ __forceinline__ void convert_query(const GpuParams& p, SharedStorage<Cfg>& smem,
                                               const ItemPass& pass) {
   using C = Config<Cfg>;
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kConsumerThreads - kLanes;
   const float scale = logit_scale_log2(p, pass.rows.request);
+  constexpr bool kCodes = Cfg::v.q == DType::kFloat8E4M3;
+  constexpr int32_t kAtOnce = kQueryThreads / 4;
+  if constexpr (!kCodes) {
 #pragma unroll 1
-  for (int32_t row = thread / 4; row < C::kRows; row += kQueryThreads / 4) {
-    load_query_row(p, smem, pass.rows, row, thread % 4, scale,
-                   &smem.query_factor[pass.index % 2][row]);
+    for (int32_t row = thread / 4; row < C::kRows; row += kAtOnce) {
+      flash_mla::sm90::fetch_query_row<C::kColumnBlocks>(query_row<Cfg>(p, pass.rows, row), smem.q,
+                                                         C::kQueryBlockBytes, row, thread % 4);
+    }
+    flash_mla::sm80::commit_copies();
+    flash_mla::sm80::wait_copies<0>();
+    __syncwarp();
+  }
+#pragma unroll 1
+  for (int32_t row = thread / 4; row < C::kRows; row += kAtOnce) {
+    float factor;
+    if constexpr (kCodes) {
+      const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+      load_query_codes(query_row<Cfg>(p, pass.rows, row), smem, row, thread % 4, sign);
+      factor = sign == 0.0f ? 1.0f : fabsf(scale);
+    } else {
+      factor = flash_mla::sm90::convert_query_row<C::kColumnBlocks, C::kRopeBf16 ? 1 : 0>(
+          smem.q, C::kQueryBlockBytes, row, thread % 4, scale);
+    }
+    if (thread % 4 == 0) smem.query_factor[pass.index % 2][row] = factor;
   }
   flash_mla::sm90::fence_async_proxy();
   flash_mla::sm90::named_barrier_sync(kQueryWritten, kQueryThreads);
