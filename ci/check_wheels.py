@@ -35,7 +35,6 @@ from packaging.utils import parse_wheel_filename
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "kernels-core"
 VERSION = (CORE / "VERSION").read_text().strip()
-MINOR = ".".join(VERSION.split(".")[:2])
 
 # Every Linux has them: what manylinux allows, and of that no more than a C++ library takes.
 SYSTEM = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-*.so.*")
@@ -68,7 +67,7 @@ EXPECTED = {
         needed=("libflash_mla.so", "libtorch.so"),
         rpath="$ORIGIN/../libflash_mla/lib64",
         max_bytes=1_000_000,
-        requires={"torch>=2.10", f"libflash-mla~={MINOR}.0"},
+        requires={"torch>=2.10", f"libflash-mla~={VERSION}"},
     ),
 }
 
