@@ -206,10 +206,13 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def check_wheels(session: nox.Session) -> None:
-    """Check what dist/ holds, and use it from outside the tree; arguments go to pytest."""
+    """Check what dist/ holds, and use it from outside the tree; arguments go to pytest, but
+    --manylinux says that the wheels were built with it."""
+    manylinux = [argument for argument in session.posargs if argument == "--manylinux"]
+    pytest_args = [argument for argument in session.posargs if argument not in manylinux]
     session.install(*CHECK_TOOLS)
     dist = ROOT / "dist"
-    session.run("python", "ci/check_wheels.py", *map(str, sorted(dist.glob("*.whl"))))
+    session.run("python", "ci/check_wheels.py", *manylinux, *map(str, sorted(dist.glob("*.whl"))))
     with tempfile.TemporaryDirectory(prefix="flash_mla_") as folder:
         outside = Path(folder)
         dev = Dev(session, outside / "venv", [*TEST_TOOLS, *BUILD_TOOLS])
@@ -220,7 +223,7 @@ def check_wheels(session: nox.Session) -> None:
         for file in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, outside)
         with session.chdir(outside):
-            dev.run("python", "-m", "pytest", *session.posargs)
+            dev.run("python", "-m", "pytest", *pytest_args)
             dev.run_consumer(dev.core_prefix(), outside / "consumer")
 
             # The core alone becomes newer, with one more field in each of its Args: what was built
