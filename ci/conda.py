@@ -54,10 +54,11 @@ def main() -> None:
     version = subprocess.check_output(
         [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True
     ).strip()
-    os.environ |= {"STUB_PYTHON": str(python), "STUB_PYTHON_VERSION": version}
-    os.environ["RATTLER_CACHE_DIR"] = str(
-        work / "cache"
-    )  # a rebuilt package has its old one's name
+    os.environ |= {
+        "STUB_PYTHON": str(python),
+        "STUB_PYTHON_VERSION": version,
+        "RATTLER_CACHE_DIR": str(work / "cache"),  # a rebuilt package has its old one's name
+    }
     here = {key: values[:1] for key, values in variants.items()} | {"python_min": [version]}
     stubs = ROOT / "ci/conda_stubs.yaml"
     for recipe in [stubs, *RECIPES]:

@@ -265,7 +265,7 @@ Tensor kv_cache_gather(const Tensor& cache, const Tensor& slot_mapping, std::str
                          : dtype == ScalarType::Half ? DType::kFloat16
                                                      : DType::kBFloat16;
   if (kv_dtype == DType::kBFloat16 && dtype != ScalarType::BFloat16) {
-    throw std::invalid_argument(
+    throw_value_error(
         "kv_cache_gather: dtype must be float32, float16 or bfloat16; convert the result");
   }
   Tensor kv = empty({size_or_zero(slot_mapping, 0), size_or_zero(cache, 2), d_qk}, kv_dtype, cache);

@@ -1,7 +1,5 @@
 #include "introspect.h"
 
-#include <stdexcept>
-
 #include "flash_mla/introspect.h"
 
 namespace flash_mla_torch {
@@ -14,9 +12,8 @@ flash_mla::KvFormat format_of(const char* operator_name, const std::string& name
     if (name == info.name) return static_cast<flash_mla::KvFormat>(i);
     known += std::string(i ? ", " : "") + info.name;
   }
-  throw std::invalid_argument(std::string(operator_name) + ": format must be one of " + known +
-                              ", got '" + name +
-                              "'; use one of them, or leave it out: the cache tells");
+  throw_value_error(std::string(operator_name) + ": format must be one of " + known + ", got '" +
+                    name + "'; use one of them, or leave it out: the cache tells");
 }
 
 std::string kv_cache_format(const Tensor& cache) {

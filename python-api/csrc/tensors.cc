@@ -235,10 +235,14 @@ Tensor empty_column_major(int64_t rows, int64_t columns, const Tensor& like) {
 
 Tensor empty_as(const Tensor& like) { return allocate(sizes(like), dtype_code(like), like); }
 
+void throw_value_error(const std::string& message) {
+  throw std::runtime_error("[ValueError] " + message);
+}
+
 void throw_if_error(const flash_mla::Status& status) {
   switch (status.code) {
     case flash_mla::StatusCode::kOk: return;
-    case flash_mla::StatusCode::kInvalidArgument: throw std::invalid_argument(status.message);
+    case flash_mla::StatusCode::kInvalidArgument: throw_value_error(status.message);
     case flash_mla::StatusCode::kUnsupported:
       throw std::runtime_error(std::string("[NotImplementedError] ") + status.message);
     default: throw std::runtime_error(status.message);

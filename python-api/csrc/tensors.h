@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 #include <span>
+#include <string>
 
 #include "flash_mla/types.h"
 
@@ -37,7 +38,9 @@ Tensor empty_column_major(int64_t rows, int64_t columns, const Tensor& like);
 // Of the shape, dtype and device of `like`.
 Tensor empty_as(const Tensor& like);
 
-// Throws what becomes ValueError, NotImplementedError (by its tag, in Python) or RuntimeError.
+// Throw what becomes ValueError, NotImplementedError or RuntimeError. A tag that _ops.py reads
+// stands for the first two: torch makes them RuntimeErrors, from 2.15 on std::invalid_argument too.
+[[noreturn]] void throw_value_error(const std::string& message);
 void throw_if_error(const flash_mla::Status& status);
 
 // The current stream of the tensor's device; null on a CPU. On a CPU it also passes torch's number

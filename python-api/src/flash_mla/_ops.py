@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NOT_IMPLEMENTED = "[NotImplementedError] "
-
 
 def _distribution_version(name: str) -> str:
     try:
@@ -62,22 +60,23 @@ ops = torch.ops.flash_mla
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Calls an operator; what no kernel serves raises NotImplementedError."""
+    """Calls an operator; its errors have the classes that they stand for."""
     try:
         return op(*args)
     except RuntimeError as error:
-        raise_if_not_implemented(error)
+        raise_tagged(error)
         raise
 
 
-def raise_if_not_implemented(error: RuntimeError) -> None:
-    """Raises NotImplementedError in place of an operator's error that stands for it.
+def raise_tagged(error: RuntimeError) -> None:
+    """Raises ValueError or NotImplementedError in place of an operator's error that stands for it.
 
-    The stable ABI has no way to raise that class, so the native library tags the message.
+    The stable ABI has no way to raise those classes, so the native library tags the message.
     """
-    _, tag, message = str(error).partition(_NOT_IMPLEMENTED)
-    if tag:
-        raise NotImplementedError(message.splitlines()[0]) from None
+    for error_class in (ValueError, NotImplementedError):
+        _, tag, message = str(error).partition(f"[{error_class.__name__}] ")
+        if tag:
+            raise error_class(message.splitlines()[0]) from None
 
 
 def refuse_grad(function: str, *tensors: Tensor | None) -> None:

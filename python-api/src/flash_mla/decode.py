@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla._ops import ops, raise_if_not_implemented, refuse_grad
+from flash_mla._ops import ops, raise_tagged, refuse_grad
 
 # Looked up once: at each call it would take half a microsecond.
 _DENSE, _DENSE_OUT = ops.mla_decode_dense.default, ops.mla_decode_dense_out.default
@@ -267,5 +267,5 @@ def flash_mla_with_kvcache(
             return op(*args)
         return out, op_out(*args, out)
     except RuntimeError as error:
-        raise_if_not_implemented(error)
+        raise_tagged(error)
         raise
