@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 FILE_SECONDS = 30
-TOTAL_SECONDS = 1000
+TOTAL_SECONDS = 1100
 SUFFIX = ".cpu_seconds"
 
 
