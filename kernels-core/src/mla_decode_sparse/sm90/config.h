@@ -55,7 +55,7 @@ struct Config {
   static constexpr bool kPageScales = kLayout.page_scale_bytes > 0;          // v4_fp8
   static constexpr bool kFp4Extra = Cfg::v.kv == KvFormat::kV41Fp8;          // may come beside it
 
-  static constexpr bool kWideValues = kRopeInValues || !kCodes;              // 16 bits, not 8
+  static constexpr bool kWideValues = kRopeInValues || !kCodes;  // 16 bits, not 8
 
   // A kernel of 512 threads starts with 128 registers for each: what some get, others give.
   static constexpr int kValueRegisters = kRows < 64 ? 152 : kWideValues ? 176 : 168;
