@@ -3,8 +3,8 @@
 //   S^T[64 keys][rows] = K Q^T      A: K, in registers;   B: Q, in shared memory
 //
 // With warp w, g = lane / 4, t = lane % 4, a thread has the keys at places 16 w + g and 8 on, and
-// of a block of 64 columns 16 t to 16 t + 15, four in each of four products; queries lie in that
-// order.
+// of a block of 64 columns 16 t to 16 t + 15, four in each of four products; of a block in bf16 8 t
+// to 8 t + 7, and as many half a block on. Queries lie in that order.
 //
 // The standing maximum of a row moves only when a logit exceeds it by kRescaleThresholdLog2; an
 // item's first keys set it.

@@ -68,7 +68,7 @@ class Values {
   }
 
  private:
-  // kNone: tokens are bf16. kE4m3AndRope: the last warp has RoPE.
+  // kNone: tokens are bf16. kE4m3AndRope: the last warp has RoPE, in fp16.
   enum class Codes { kNone, kE4m3, kE2m1, kE4m3AndRope };
 
   template <Codes kCodes>
