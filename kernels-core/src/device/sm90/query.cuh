@@ -29,13 +29,18 @@ __device__ __forceinline__ uint32_t times(uint32_t values, Pair multiplier) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
+// Where 16 bytes of a block's row lie: they are swizzled.
+__device__ __forceinline__ int32_t query_chunk(int32_t row, int32_t chunk) {
+  return row * 128 + ((chunk ^ row % 8) << 4);
+}
+
 // Writes 16 columns of a query row, words[2 s] and words[2 s + 1] where thread t of four reads step
 // s of its 16 codes.
 __device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t t,
                                             const uint32_t (&words)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    *reinterpret_cast<uint32_t*>(block + row * 128 + ((i ^ row % 8) << 4) + t * 4) = words[i];
+    *reinterpret_cast<uint32_t*>(block + query_chunk(row, i) + t * 4) = words[i];
   }
 }
 
@@ -43,14 +48,14 @@ __device__ __forceinline__ void write_query(uint8_t* block, int32_t row, int32_t
 template <int kBlocks>
 __device__ __forceinline__ void fetch_query_row(const uint8_t* from, uint8_t* q,
                                                 int32_t block_bytes, int32_t row, int32_t t) {
-  const uint32_t to = sm80::smem_address(q + row * 128);
+  const uint32_t to = sm80::smem_address(q);
 #pragma unroll 1
   for (int c = 0; c < kBlocks; ++c) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t chunk = 4 * i + t;
       const void* const at = from == nullptr ? nullptr : from + c * 128 + chunk * 16;
-      sm80::copy_16(to + c * block_bytes + ((chunk ^ row % 8) << 4), at, from != nullptr);
+      sm80::copy_16(to + c * block_bytes + query_chunk(row, chunk), at, from != nullptr);
     }
   }
 }
@@ -59,17 +64,15 @@ __device__ __forceinline__ void fetch_query_row(const uint8_t* from, uint8_t* q,
 // matters of it. Returns the factor that gives its logits, whose magnitude is `scale` otherwise; a
 // negative scale turns the row's sign, so that factors are positive. By the warps of the lanes t
 // that have fetched it. kBf16Blocks: so many of the last blocks stay bf16, in the order of a bf16
-// token's 16 bytes; a row of which all do is only turned.
-template <int kBlocks, int kBf16Blocks>
+// token's 16 bytes; a row of which all do is only turned. kAtOnce: blocks in registers together.
+template <int kBlocks, int kBf16Blocks, int kAtOnce>
 __device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_bytes, int32_t row,
                                                    int32_t t, float scale) {
-  constexpr int kAtOnce = kBlocks % 3 == 0 ? 3 : 4;
   static_assert(kBlocks % kAtOnce == 0);
   // Columns of this thread: 16 neighbours; in a block that stays bf16 8, and 8 half a block on.
   const auto columns = [&](int c, int i) {
     const int32_t chunk = c >= kBlocks - kBf16Blocks ? 4 * i + t : 2 * t + i;
-    return *reinterpret_cast<const uint4*>(q + c * block_bytes + row * 128 +
-                                           ((chunk ^ row % 8) << 4));
+    return *reinterpret_cast<const uint4*>(q + c * block_bytes + query_chunk(row, chunk));
   };
   __nv_bfloat162 most = __float2bfloat162_rn(0.0f);
 #pragma unroll kAtOnce
@@ -117,6 +120,31 @@ __device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_byt
     }
   }
   return scale == 0.0f ? 1.0f : fabsf(scale) * pow2(exponent);
+}
+
+// The rows of a tile by kThreads threads, whole warps; `address_of(row)` as for fetch_query_row(),
+// and the factor of a row's logits to `factor_of(row)`. For the products, a fence of the async
+// proxy and a barrier must follow.
+template <int kRows, int kThreads, int kBlocks, int kBf16Blocks, int kAtOnce, class Address,
+          class Factor>
+__device__ __forceinline__ void load_query_rows(uint8_t* q, int32_t thread, float scale,
+                                                const Address& address_of,
+                                                const Factor& factor_of) {
+  constexpr int32_t kBlockBytes = kRows * 128;
+  const int32_t t = thread % 4;
+#pragma unroll 1
+  for (int32_t row = thread / 4; row < kRows; row += kThreads / 4) {
+    fetch_query_row<kBlocks>(address_of(row), q, kBlockBytes, row, t);
+  }
+  sm80::commit_copies();
+  sm80::wait_copies<0>();
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t row = thread / 4; row < kRows; row += kThreads / 4) {
+    const float factor =
+        convert_query_row<kBlocks, kBf16Blocks, kAtOnce>(q, kBlockBytes, row, t, scale);
+    if (t == 0) factor_of(row) = factor;
+  }
 }
 
 }  // namespace flash_mla::sm90

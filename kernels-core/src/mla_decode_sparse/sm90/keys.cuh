@@ -36,22 +36,15 @@ class Keys {
   __device__ __forceinline__ void load_queries(const GpuParams& p, const TileRows& rows) {
     sync();  // no product reads those of the item before
     const int thread = threadIdx.x % kWarpgroup;
-    constexpr int kAtOnce = kWarpgroup / 4;
-#pragma unroll 1
-    for (int row = thread / 4; row < kN; row += kAtOnce) {
-      flash_mla::sm90::fetch_query_row<C::kQueryBlocks>(
-          rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row)) : nullptr,
-          smem_.q, C::kQueryBlockBytes, row, thread % 4);
-    }
-    flash_mla::sm80::commit_copies();
-    flash_mla::sm80::wait_copies<0>();
-    __syncwarp();
-#pragma unroll 1
-    for (int row = thread / 4; row < kN; row += kAtOnce) {
-      const float factor = flash_mla::sm90::convert_query_row<C::kQueryBlocks, kBf16Blocks>(
-          smem_.q, C::kQueryBlockBytes, row, thread % 4, p.softmax_scale * kLog2e);
-      if (thread % 4 == 0) smem_.rows[row] = {0.0f, factor};
-    }
+    constexpr int kAtOnce = C::kQueryBlocks % 3 == 0 ? 3 : 4;
+    flash_mla::sm90::load_query_rows<kN, kWarpgroup, C::kQueryBlocks, kBf16Blocks, kAtOnce>(
+        smem_.q, thread, p.softmax_scale * kLog2e,
+        [&](int row) {
+          return rows.valid(p, row) ? reinterpret_cast<const uint8_t*>(rows.query(p, row))
+                                    : nullptr;
+        },
+        [&](int row) -> float& { return smem_.rows[row].factor; });
+    if (thread < kN) smem_.rows[thread].max = 0.0f;
     if (thread == 0) smem_.started = false;
     flash_mla::sm90::fence_async_proxy();
     sync();

@@ -65,30 +65,22 @@ __device__ __forceinline__ void convert_query(const GpuParams& p, SharedStorage<
   using C = Config<Cfg>;
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kConsumerThreads - kLanes;
   const float scale = logit_scale_log2(p, pass.rows.request);
-  constexpr bool kCodes = Cfg::v.q == DType::kFloat8E4M3;
-  constexpr int32_t kAtOnce = kQueryThreads / 4;
-  if constexpr (!kCodes) {
+  const auto address_of = [&](int32_t row) { return query_row<Cfg>(p, pass.rows, row); };
+  const auto factor_of = [&](int32_t row) -> float& {
+    return smem.query_factor[pass.index % 2][row];
+  };
+  if constexpr (Cfg::v.q == DType::kFloat8E4M3) {
+    const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
 #pragma unroll 1
-    for (int32_t row = thread / 4; row < C::kRows; row += kAtOnce) {
-      flash_mla::sm90::fetch_query_row<C::kColumnBlocks>(query_row<Cfg>(p, pass.rows, row), smem.q,
-                                                         C::kQueryBlockBytes, row, thread % 4);
+    for (int32_t row = thread / 4; row < C::kRows; row += kQueryThreads / 4) {
+      load_query_codes(address_of(row), smem, row, thread % 4, sign);
+      if (thread % 4 == 0) factor_of(row) = sign == 0.0f ? 1.0f : fabsf(scale);
     }
-    flash_mla::sm80::commit_copies();
-    flash_mla::sm80::wait_copies<0>();
-    __syncwarp();
-  }
-#pragma unroll 1
-  for (int32_t row = thread / 4; row < C::kRows; row += kAtOnce) {
-    float factor;
-    if constexpr (kCodes) {
-      const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-      load_query_codes(query_row<Cfg>(p, pass.rows, row), smem, row, thread % 4, sign);
-      factor = sign == 0.0f ? 1.0f : fabsf(scale);
-    } else {
-      factor = flash_mla::sm90::convert_query_row<C::kColumnBlocks, C::kRopeBf16 ? 1 : 0>(
-          smem.q, C::kQueryBlockBytes, row, thread % 4, scale);
-    }
-    if (thread % 4 == 0) smem.query_factor[pass.index % 2][row] = factor;
+  } else {
+    // These warps have few registers.
+    flash_mla::sm90::load_query_rows<C::kRows, kQueryThreads, C::kColumnBlocks,
+                                     C::kRopeBf16 ? 1 : 0, /*kAtOnce=*/1>(smem.q, thread, scale,
+                                                                          address_of, factor_of);
   }
   flash_mla::sm90::fence_async_proxy();
   flash_mla::sm90::named_barrier_sync(kQueryWritten, kQueryThreads);
