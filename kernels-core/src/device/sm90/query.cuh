@@ -29,6 +29,15 @@ __device__ __forceinline__ uint32_t times(uint32_t values, Pair multiplier) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
+// Factors of logits are positive: queries are turned by a negative scale, and cleared by 0.
+__device__ __forceinline__ float query_sign(float scale) {
+  return scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+}
+// Of queries that were divided by `unit`.
+__device__ __forceinline__ float logit_factor(float scale, float unit) {
+  return scale == 0.0f ? 1.0f : fabsf(scale) * unit;
+}
+
 // Where 16 bytes of a block's row lie: they are swizzled.
 __device__ __forceinline__ int32_t query_chunk(int32_t row, int32_t chunk) {
   return row * 128 + ((chunk ^ row % 8) << 4);
@@ -61,10 +70,10 @@ __device__ __forceinline__ void fetch_query_row(const uint8_t* from, uint8_t* q,
 }
 
 // That row times a power of two, so that its largest value is below 2^15: then fp16 holds all that
-// matters of it. Returns the factor that gives its logits, whose magnitude is `scale` otherwise; a
-// negative scale turns the row's sign, so that factors are positive. By the warps of the lanes t
-// that have fetched it. kBf16Blocks: so many of the last blocks stay bf16, in the order of a bf16
-// token's 16 bytes; a row of which all do is only turned. kAtOnce: blocks in registers together.
+// matters of it. Returns the factor that gives its logits, `scale` being that of the row as it was.
+// By the warps of the lanes t that have fetched it. kBf16Blocks: so many of the last blocks stay
+// bf16, in the order of a bf16 token's 16 bytes; a row of which all do is only turned. kAtOnce:
+// blocks in registers together.
 template <int kBlocks, int kBf16Blocks, int kAtOnce>
 __device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_bytes, int32_t row,
                                                    int32_t t, float scale) {
@@ -90,8 +99,7 @@ __device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_byt
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
   const bool ordinary = largest > 0.0f && largest < kInfinity;
   const int exponent = ordinary ? max(floor_log2(largest) - 14, -120) : 0;
-  const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
-  const __nv_bfloat162 unit = __float2bfloat162_rn(sign * pow2(-exponent));
+  const __nv_bfloat162 unit = __float2bfloat162_rn(query_sign(scale) * pow2(-exponent));
 #pragma unroll 1
   for (int first = 0; first < kBlocks; first += kAtOnce) {
     uint32_t words[kAtOnce][8];
@@ -119,7 +127,7 @@ __device__ __forceinline__ float convert_query_row(uint8_t* q, int32_t block_byt
       write_query(q + (first + n) * block_bytes, row, t, words[n]);
     }
   }
-  return scale == 0.0f ? 1.0f : fabsf(scale) * pow2(exponent);
+  return logit_factor(scale, pow2(exponent));
 }
 
 // The rows of a tile by kThreads threads, whole warps; `address_of(row)` as for fetch_query_row(),

@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_query_codes(const uint8_t* from, SharedStor
 // By the producer's warps but the first.
 inline constexpr int kQueryThreads = kWarpgroup - kLanes;
 
-// Query rows, and the factors of their logits, which are positive: a negative scale turns a row.
+// Query rows, and the factors of their logits.
 template <class Cfg>
 __device__ __forceinline__ void convert_query(const GpuParams& p, SharedStorage<Cfg>& smem,
                                               const ItemPass& pass) {
@@ -70,11 +70,11 @@ __device__ __forceinline__ void convert_query(const GpuParams& p, SharedStorage<
     return smem.query_factor[pass.index % 2][row];
   };
   if constexpr (Cfg::v.q == DType::kFloat8E4M3) {
-    const float sign = scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f;
+    const float sign = flash_mla::sm90::query_sign(scale);
 #pragma unroll 1
     for (int32_t row = thread / 4; row < C::kRows; row += kQueryThreads / 4) {
       load_query_codes(address_of(row), smem, row, thread % 4, sign);
-      if (thread % 4 == 0) factor_of(row) = sign == 0.0f ? 1.0f : fabsf(scale);
+      if (thread % 4 == 0) factor_of(row) = flash_mla::sm90::logit_factor(scale, 1.0f);
     }
   } else {
     // These warps have few registers.
